@@ -1,0 +1,30 @@
+# Two commands do everything on a fresh machine, install included: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test check install clean
+
+quickstart: $(VENV)/installed
+	@$(BIN)/exactune quickstart $(ARGS)
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/installed-check
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+install: $(VENV)/installed
+
+# Each stamp is redone when pyproject.toml changes.
+$(VENV)/installed: pyproject.toml scripts/install.sh
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/install.sh && touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/install.sh test && touch $@
+
+$(VENV)/installed-check: $(VENV)/installed-test
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/install.sh test,check && touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
