@@ -10,9 +10,11 @@ RANKS = {
     "kernels": 1, "data": 1,
     "lora": 2, "memory": 2,
     "models": 3,
-    "train": 4, "infer": 4, "evaluate": 4, "export": 4,
-    "api": 5,
-    "cli": 6, "studio": 6,
+    "infer": 4, "export": 4,
+    "evaluate": 5,
+    "train": 6,
+    "api": 7,
+    "cli": 8, "studio": 8,
 }  # fmt: skip
 
 
