@@ -1,0 +1,67 @@
+"""What every kernel's host needs: device guard, row strides, `out=` buffers, block sizes, and the row for ahead-of-time tests."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Aot:
+    """One configuration of a kernel that the tests compile ahead of time for every GPU we name.
+
+    `signature` gives Triton's type of each runtime argument (`"*bf16"`, `"i32"`, `"i64"`, `"fp32"`), `constexprs` the value of each
+    compile-time one.
+    """
+
+    name: str
+    fn: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    allowed_spill: int = field(default=64)  # bytes; a handful of spilled registers outside the loop costs nothing
+
+
+def signature_of(pointers: str, integers: str = "", floats: str = "", *, dtype: str = "bf16", **others: str) -> dict[str, str]:
+    """An `Aot.signature` from space-separated names: pointers to `dtype`, 32-bit integers, floats; anything else by keyword."""
+    types = dict.fromkeys(pointers.split(), f"*{dtype}") | dict.fromkeys(integers.split(), "i32") | dict.fromkeys(floats.split(), "fp32")
+    return types | others
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Make the tensor's GPU current: Triton launches on the current device, whatever its arguments live on."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """View `[..., E]` as `[N, E]` with a contiguous last dimension, without a copy where the strides allow it."""
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        tensor = tensor.contiguous()
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def out_like(tensor: Tensor, out: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """`out` after checking that it can take a result shaped as `tensor` `[N, E]`, or a fresh contiguous one."""
+    if out is None:
+        return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
+    if out.shape != tensor.shape or (out.stride(-1) != 1 and out.shape[-1] > 1):
+        raise ValueError(f"out has shape {tuple(out.shape)} and strides {out.stride()}; needed {tuple(tensor.shape)}, last stride 1")
+    return out
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n`; block sizes must be powers of two."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Streaming multiprocessors of the tensor's GPU; a small fixed number under the interpreter, where each program is a Python loop."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 2

@@ -1,0 +1,5 @@
+"""Every op in plain torch, differentiable, on any device: the specification, the CPU path and the tests' oracle.
+
+Each follows the Hugging Face modelling code, cast for cast. Where that computes in float32, these compute in at least float32
+(`at_least_float32`), so that float64 inputs give the float64 oracle.
+"""

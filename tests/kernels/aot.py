@@ -1,0 +1,116 @@
+"""Compile every Triton kernel for every GPU we name, on a machine without one, and read registers and spills from ptxas.
+
+    python tests/kernels/aot.py [--json] [name-filter]
+
+A kernel takes part by a row in its module's `AOT` list (see `exactune.kernels.launch.Aot`). This runs as a process of its own because
+Triton decides at decoration whether a kernel is interpreted, and the test session decides for the interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import exactune.kernels
+from exactune.kernels.launch import Aot
+
+NVIDIA = (75, 80, 86, 89, 90, 100, 120)
+AMD = ("gfx942",)
+
+
+@dataclass
+class Compiled:
+    """What one kernel became on one target; registers and spilled bytes are None where no assembler reports them (AMD)."""
+
+    kernel: str
+    target: str
+    registers: int | None
+    spill_bytes: int | None
+    shared_bytes: int
+    allowed_spill: int
+    error: str = ""
+
+
+def rows(name_filter: str = "") -> list[Aot]:
+    """Every registered kernel configuration, in module order."""
+    found: list[Aot] = []
+    for info in pkgutil.iter_modules(exactune.kernels.__path__):
+        found += getattr(importlib.import_module(f"exactune.kernels.{info.name}"), "AOT", [])
+    return [row for row in found if name_filter in row.name]
+
+
+def ptxas_report(ptx: str, arch: int) -> tuple[int, int]:
+    """(registers, spilled bytes) that ptxas reports for one PTX module."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    suffix = "a" if arch >= 90 else ""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [get_ptxas(arch).path, "-v", f"-arch=sm_{arch}{suffix}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = [int(stores) + int(loads) for stores, loads in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)]
+    return max(map(int, re.findall(r"Used (\d+) registers", log))), max(spills)
+
+
+def compile_one(row: Aot, target: int | str) -> Compiled:
+    """Compile one configuration for one target; a failure is data, not an exception."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    nvidia = isinstance(target, int)
+    gpu = GPUTarget("cuda", target, 32) if nvidia else GPUTarget("hip", target, 64)
+    names = row.fn.arg_names
+    signature = {name: "constexpr" if name in row.constexprs else row.signature[name] for name in names}
+    # As at run time: allocations are aligned, and so are the row strides of real models.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*" or "stride" in name}
+    source = ASTSource(fn=row.fn, signature=signature, constexprs=row.constexprs, attrs=aligned)
+    try:
+        binary = triton.compile(source, target=gpu, options={"num_warps": row.num_warps, "num_stages": row.num_stages})
+        registers, spill = ptxas_report(binary.asm["ptx"], target) if nvidia else (None, None)
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"[:500]
+        return Compiled(row.name, str(target), None, None, 0, row.allowed_spill, message)
+    return Compiled(row.name, f"sm_{target}" if nvidia else target, registers, spill, binary.metadata.shared, row.allowed_spill)
+
+
+def table(results: list[Compiled]) -> str:
+    """One line a kernel: registers (and +spilled bytes) on each target."""
+    targets = list(dict.fromkeys(r.target for r in results))
+    cells = {(r.kernel, r.target): "failed" if r.error else _cell(r) for r in results}
+    lines = [f"{'registers (+spilled bytes)':<44}" + "".join(f"{t:>10}" for t in targets)]
+    for kernel in dict.fromkeys(r.kernel for r in results):
+        lines.append(f"{kernel:<44}" + "".join(f"{cells.get((kernel, t), ''):>10}" for t in targets))
+    return "\n".join(lines)
+
+
+def _cell(result: Compiled) -> str:
+    if result.registers is None:
+        return "ok"
+    return f"{result.registers}" + (f"+{result.spill_bytes}" if result.spill_bytes else "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("filter", nargs="?", default="", help="only kernels whose name contains this")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    args = parser.parse_args()
+    results = [compile_one(row, target) for row in rows(args.filter) for target in (*NVIDIA, *AMD)]
+    print(json.dumps([asdict(r) for r in results]) if args.json else table(results))
+    for result in results:
+        if result.error:
+            print(f"{result.kernel} on {result.target}: {result.error}", file=sys.stderr)
+    return int(any(r.error for r in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
