@@ -57,6 +57,11 @@ def out_like(tensor: Tensor, out: Tensor | None, dtype: torch.dtype | None = Non
     return out
 
 
+def row_stride(tensor: Tensor | None) -> int:
+    """Elements from one row of `[N, E]` to the next; 0 for an operand that is not there."""
+    return 0 if tensor is None else tensor.stride(0)
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least `n`; block sizes must be powers of two."""
     return 1 << max(0, n - 1).bit_length()
@@ -65,3 +70,8 @@ def next_power_of_2(n: int) -> int:
 def multiprocessors(tensor: Tensor) -> int:
     """Streaming multiprocessors of the tensor's GPU; a small fixed number under the interpreter, where each program is a Python loop."""
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 2
+
+
+def row_warps(block: int) -> int:
+    """Warps for a kernel that keeps one row of `block` values in registers: about 16 values a thread."""
+    return min(16, max(1, block // 512))

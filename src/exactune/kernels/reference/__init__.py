@@ -3,3 +3,7 @@
 Each follows the Hugging Face modelling code, cast for cast. Where that computes in float32, these compute in at least float32
 (`at_least_float32`), so that float64 inputs give the float64 oracle.
 """
+
+from exactune.kernels.reference.norm import add_rms_norm, layer_norm, rms_norm
+
+__all__ = ["add_rms_norm", "layer_norm", "rms_norm"]
