@@ -1,0 +1,160 @@
+"""Rows from wherever they lie: files, a folder, a saved `datasets` folder, the hub, or memory."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from exactune.data.files import LINE_NUMBERED, READERS, kind_of
+from exactune.data.rows import BadRow, Rows, refuse_or_skip
+from exactune.errors import ConfigError, DataError
+
+KINDS = ", ".join(sorted(READERS))
+
+
+def read_rows(source: Any, *, split: str | None = None, skip_bad_rows: bool = False) -> Rows:
+    """Every row of `source` with its place.
+
+    `source`: a path (JSONL, JSON, CSV, TSV, Parquet, also .gz), a list of paths, a folder of such files, a folder saved by
+    `datasets`, a hub name (`owner/name`, or `owner/name:config`), a list of dicts, or a `datasets.Dataset` or `DatasetDict`.
+    `split` picks from a folder, a `DatasetDict` or the hub.
+
+    Raises: `DataError` for what is missing, empty or unreadable; unreadable single lines are left out and listed in
+    `.skipped` when `skip_bad_rows` is set.
+    """
+    if isinstance(source, Rows):
+        return source
+    if isinstance(source, (str, Path)):
+        rows = _from_name(source, split, skip_bad_rows)
+    elif isinstance(source, Sequence) and source and all(isinstance(item, (str, Path)) for item in source):
+        rows = _from_files([_existing(Path(item)) for item in source], ", ".join(Path(item).name for item in source), skip_bad_rows)
+    else:
+        rows = _from_memory(source, split, skip_bad_rows)
+    if not rows.records:
+        raise DataError(
+            f"{rows.origin} holds no rows{' that can be used' if rows.skipped else ''}.", "Give a source with at least one row."
+        )
+    return rows
+
+
+def _from_name(source: str | Path, split: str | None, skip: bool) -> Rows:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _from_folder(path, split, skip)
+    if path.is_file() or isinstance(source, Path) or _looks_like_a_file(source):
+        path = _existing(path)
+        if split is not None:
+            raise ConfigError(f"`split` ({split!r}) does not apply to one file ({path}).", "Name the file that holds the split you mean.")
+        return _from_files([path], path.name, skip)
+    return _from_hub(source, split, skip)
+
+
+def _looks_like_a_file(name: str) -> bool:
+    """Hub names have no data suffix, at most one slash, and do not start like a path."""
+    return bool(kind_of(Path(name))) or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or not name.strip()
+
+
+def _existing(path: Path) -> Path:
+    path = path.expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise DataError(f"{path} is a folder.", "Name its files, or give the folder alone.")
+    folder = path.parent
+    names = [entry.name for entry in folder.iterdir() if kind_of(entry)] if folder.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
+    hint = f"In that folder there is: {', '.join(close or sorted(names)[:5])}." if names else f"Looked in {folder.resolve()}."
+    raise DataError(f"There is no file {path}.", hint)
+
+
+def _from_files(paths: list[Path], origin: str, skip: bool) -> Rows:
+    rows = Rows([], [], origin, unit="line" if all(_lined(path) for path in paths) else "row")
+    bad_numbers: list[tuple[int, str]] = []
+    for path in paths:
+        kind = kind_of(path)
+        if not kind:
+            raise DataError(f"{path}: cannot tell what {path.suffix or 'a file without a suffix'} holds.", f"Give one of: {KINDS}.")
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty.", "Give a file with at least one row.")
+        rows.files.append((path.name, len(rows.records)))
+        unit = "line" if _lined(path) else "row"
+        for number, row in READERS[kind](path):
+            if isinstance(row, BadRow):
+                if not skip:
+                    mend = "Mend it, or go on without it: --skip-bad-rows (skip_bad_rows=True) leaves such rows out and lists each one."
+                    raise DataError(f"{path}, {unit} {number}: {row}", mend)
+                bad_numbers.append((number, f"{path.name}: {row}" if len(paths) > 1 else str(row)))
+            else:
+                rows.records.append(row)
+                rows.numbers.append(number)
+    rows.skipped = bad_numbers
+    return rows
+
+
+def _lined(path: Path) -> bool:
+    return kind_of(path) in LINE_NUMBERED
+
+
+def _from_folder(path: Path, split: str | None, skip: bool) -> Rows:
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        import datasets
+
+        try:
+            return _from_memory(datasets.load_from_disk(str(path)), split, skip, origin=str(path))
+        except (OSError, ValueError, KeyError) as error:  # what load_from_disk raises for damaged folders
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{path}: not a whole saved data set ({error}).", "Save it again with `Dataset.save_to_disk`.") from error
+    files = sorted(entry for entry in path.iterdir() if entry.is_file() and kind_of(entry))
+    if not files:
+        raise DataError(f"The folder {path} holds no data files.", f"Files that can be read end in {KINDS}.")
+    wanted = split or "train"
+    chosen = [file for file in files if file.name.split(".")[0].split("-")[0] == wanted or file.name.startswith(f"{wanted}_")]
+    if split is not None and not chosen:
+        raise DataError(f"The folder {path} has no file for the split {split!r}.", f"It holds: {', '.join(file.name for file in files)}.")
+    chosen = chosen or files
+    return _from_files(chosen, f"{path} ({', '.join(file.name for file in chosen)})", skip)
+
+
+def _from_memory(source: Any, split: str | None, skip: bool, origin: str = "the given rows") -> Rows:
+    if hasattr(source, "column_names") and isinstance(source, dict):  # a DatasetDict
+        source = _pick_split(source, split, origin)
+    elif split is not None:
+        raise ConfigError(f"`split` ({split!r}) does not apply to {origin}: there are no splits in it.", "Leave `split` out.")
+    if isinstance(source, dict) or not isinstance(source, Iterable):
+        raise DataError(f"Rows have to be a list of dicts or a `datasets.Dataset`, not {type(source).__name__}.", "")
+    rows = Rows([], [], origin, unit="row")
+    bad: dict[int, str] = {}
+    for index, row in enumerate(source):
+        if not isinstance(row, dict):
+            bad[index] = f"not a dict but {type(row).__name__}"
+        rows.records.append(row)
+        rows.numbers.append(index + 1)
+    return refuse_or_skip(rows, bad, skip=skip)
+
+
+def _pick_split(splits: Any, split: str | None, origin: str) -> Any:
+    if split is None and len(splits) == 1:
+        return next(iter(splits.values()))
+    wanted = split or "train"
+    if wanted not in splits:
+        raise DataError(f"{origin} has no split {wanted!r}.", f"Its splits: {', '.join(map(str, splits))}.")
+    return splits[wanted]
+
+
+def _from_hub(name: str, split: str | None, skip: bool) -> Rows:
+    import datasets
+
+    owner_name, _, config = name.partition(":")
+    try:
+        found = datasets.load_dataset(owner_name, config or None, split=split)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise DataError(
+            f"There is no file or folder {name}, and no such data set on the hub that you may read.", "Check the name."
+        ) from error
+    except (OSError, ValueError, RuntimeError) as error:  # offline and its kin; a config or split that is not there
+        mend = "Without a network, give a local file or folder, or a data set that is in the cache already."
+        raise DataError(f"There is no file or folder {name}, and the hub gave: {' '.join(str(error).split())[:300]}", mend) from error
+    return _from_memory(found, None, skip, origin=name)
