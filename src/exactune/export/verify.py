@@ -1,0 +1,110 @@
+"""Is the artefact the model? Logits of the reloaded checkpoint against those of the adapter model in memory.
+
+The bound comes from the dtypes: a weight (or an activation) that is rounded once moves by a random part of half a unit in the
+last place, so every module's output is shaken by that much, once, and what this does to this model's logits is measured. A merge
+whose error is about that size is a merge that rounded once. One that lost an adapter is off by the adapter's effect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+# The error and the measured noise are two draws of one random process, each a norm over thousands of logits. Two such draws agree
+# within tens of per cent; the factor leaves room for roundings the model of noise does not have (accumulation inside a product).
+SLACK = 4.0
+SEED = 3407
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two sets of logits compared over all prompts."""
+
+    max_abs_error: float
+    relative_error: float
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Float32 logits [T, V] on the CPU for each prompt alone: no padding, no cache, no dropout."""
+    device = next(model.parameters()).device
+    modes = [module.training for module in model.modules()]
+    model.eval()
+    try:
+        # positional ids only: an attention mask of ones changes nothing but the path that attention takes
+        return [model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0].float().cpu() for ids in prompts]
+    finally:
+        for module, mode in zip(model.modules(), modes):
+            module.training = mode
+
+
+def compare(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> Agreement:
+    """Largest absolute difference, and the norm of the difference over the norm of `wanted`."""
+    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, wanted, strict=True))
+    size = sum(float(b.double().square().sum()) for b in wanted)
+    largest = max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
+    relative = math.sqrt(difference / size) if size > 0 else math.inf
+    finite = all(bool(torch.isfinite(t).all()) for t in (*found, *wanted))
+    return Agreement(largest, relative) if finite else Agreement(math.inf, math.inf)
+
+
+def unit_roundoff(*dtypes: torch.dtype) -> float:
+    """Half a unit in the last place, relative, of the coarsest of `dtypes`."""
+    return max(torch.finfo(dtype).eps for dtype in dtypes) / 2
+
+
+@contextlib.contextmanager
+def shaken(model: nn.Module, unit: float) -> Iterator[None]:
+    """Within the block, the output of every module that holds weights is off by a random part of one rounding."""
+    generator = torch.Generator().manual_seed(SEED)
+
+    def shake(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if not isinstance(output, torch.Tensor) or not output.is_floating_point():
+            return output
+        # rounding is uniform in [-unit, unit] of the value: standard deviation unit / sqrt(3)
+        size = output.float().square().mean().sqrt() * unit / math.sqrt(3)
+        noise = torch.randn(output.shape, generator=generator).to(output.device)
+        return (output.float() + noise * size).to(output.dtype)
+
+    hooks = [m.register_forward_hook(shake) for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def rounding_noise(model: nn.Module, prompts: Sequence[Sequence[int]], logits: Sequence[torch.Tensor], unit: float) -> float:
+    """Relative change of the logits when every weight's rounding is drawn again."""
+    with shaken(model, unit):
+        return compare(logits_of(model, prompts), logits).relative_error
+
+
+def prompts_for(tokenizer: Any, vocabulary: int, touched: Sequence[int] = (), texts: Sequence[str] = ()) -> list[list[int]]:
+    """What both models are asked: the guard's conversations (or `texts`), and random ids so that no row of the vocabulary is out of reach.
+
+    `touched`: ids whose rows were trained on their own and must be among them.
+    """
+    from exactune.export.template_guard import CONVERSATIONS, TEXTS, encode, has_template, render
+
+    prompts: list[list[int]] = []
+    if tokenizer is not None:
+        if texts:
+            found = [encode(tokenizer, text, add_special_tokens=True) for text in texts]
+        elif has_template(tokenizer):
+            found = [
+                encode(tokenizer, render(tokenizer, *CONVERSATIONS[name]), add_special_tokens=False)
+                for name in ("system", "several turns", "unicode")
+            ]
+        else:
+            found = [encode(tokenizer, " ".join(TEXTS), add_special_tokens=True)]
+        prompts += [[i for i in ids if i < vocabulary][:256] for ids in found]
+    generator = torch.Generator().manual_seed(SEED)
+    prompts.append([*touched[:32], *torch.randint(vocabulary, (64,), generator=generator).tolist()])
+    return [ids for ids in prompts if ids]
