@@ -1,6 +1,6 @@
 """Compile every Triton kernel for every GPU we name, on a machine without one, and read registers and spills from ptxas.
 
-    python tests/kernels/aot.py [--json] [name-filter]
+    python tests/kernels/aot.py [--json] [module]
 
 A kernel takes part by a row in its module's `AOT` list (see `exactune.kernels.launch.Aot`). This runs as a process of its own because
 Triton decides at decoration whether a kernel is interpreted, and the test session decides for the interpreter.
@@ -25,6 +25,9 @@ from exactune.kernels.launch import Aot
 NVIDIA = (75, 80, 86, 89, 90, 100, 120)
 AMD = ("gfx942",)
 
+# Shared memory that one program may ask for, in KiB (CUDA programming guide, compute capabilities; LDS of CDNA 3).
+SHARED_KIB = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+
 
 @dataclass
 class Compiled:
@@ -38,13 +41,15 @@ class Compiled:
     allowed_spill: int
     error: str = ""
 
+    @property
+    def fits(self) -> bool:
+        return self.shared_bytes <= SHARED_KIB[self.target] * 1024
 
-def rows(name_filter: str = "") -> list[Aot]:
-    """Every registered kernel configuration, in module order."""
-    found: list[Aot] = []
-    for info in pkgutil.iter_modules(exactune.kernels.__path__):
-        found += getattr(importlib.import_module(f"exactune.kernels.{info.name}"), "AOT", [])
-    return [row for row in found if name_filter in row.name]
+
+def rows(module: str = "") -> list[Aot]:
+    """Every registered kernel configuration, in module order; of one module if named."""
+    names = [module] if module else [info.name for info in pkgutil.iter_modules(exactune.kernels.__path__)]
+    return [row for name in names for row in getattr(importlib.import_module(f"exactune.kernels.{name}"), "AOT", [])]
 
 
 def ptxas_report(ptx: str, arch: int) -> tuple[int, int]:
@@ -68,6 +73,7 @@ def compile_one(row: Aot, target: int | str) -> Compiled:
     from triton.compiler import ASTSource
 
     nvidia = isinstance(target, int)
+    label = f"sm_{target}" if nvidia else str(target)
     gpu = GPUTarget("cuda", target, 32) if nvidia else GPUTarget("hip", target, 64)
     names = row.fn.arg_names
     signature = {name: "constexpr" if name in row.constexprs else row.signature[name] for name in names}
@@ -79,12 +85,12 @@ def compile_one(row: Aot, target: int | str) -> Compiled:
         registers, spill = ptxas_report(binary.asm["ptx"], target) if nvidia else (None, None)
     except Exception as error:
         message = f"{type(error).__name__}: {error}"[:500]
-        return Compiled(row.name, str(target), None, None, 0, row.allowed_spill, message)
-    return Compiled(row.name, f"sm_{target}" if nvidia else target, registers, spill, binary.metadata.shared, row.allowed_spill)
+        return Compiled(row.name, label, None, None, 0, row.allowed_spill, message)
+    return Compiled(row.name, label, registers, spill, binary.metadata.shared, row.allowed_spill)
 
 
 def table(results: list[Compiled]) -> str:
-    """One line a kernel: registers (and +spilled bytes) on each target."""
+    """One line a kernel: registers (and +spilled bytes) on each target; "!" marks more shared memory than the target has."""
     targets = list(dict.fromkeys(r.target for r in results))
     cells = {(r.kernel, r.target): "failed" if r.error else _cell(r) for r in results}
     lines = [f"{'registers (+spilled bytes)':<44}" + "".join(f"{t:>10}" for t in targets)]
@@ -94,18 +100,17 @@ def table(results: list[Compiled]) -> str:
 
 
 def _cell(result: Compiled) -> str:
-    if result.registers is None:
-        return "ok"
-    return f"{result.registers}" + (f"+{result.spill_bytes}" if result.spill_bytes else "")
+    registers = "ok" if result.registers is None else str(result.registers)
+    return registers + (f"+{result.spill_bytes}" if result.spill_bytes else "") + ("" if result.fits else "!")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("filter", nargs="?", default="", help="only kernels whose name contains this")
+    parser.add_argument("module", nargs="?", default="", help="only the kernels of exactune.kernels.MODULE")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     args = parser.parse_args()
-    results = [compile_one(row, target) for row in rows(args.filter) for target in (*NVIDIA, *AMD)]
-    print(json.dumps([asdict(r) for r in results]) if args.json else table(results))
+    results = [compile_one(row, target) for row in rows(args.module) for target in (*NVIDIA, *AMD)]
+    print(json.dumps([asdict(r) | {"fits": r.fits} for r in results]) if args.json else table(results))
     for result in results:
         if result.error:
             print(f"{result.kernel} on {result.target}: {result.error}", file=sys.stderr)

@@ -32,6 +32,11 @@ def test_no_kernel_spills_much(compiled):
     assert not lines, "\n".join(lines)
 
 
+def test_every_kernel_fits_in_shared_memory(compiled):
+    too_big = [f"{r['kernel']} on {r['target']}: {r['shared_bytes']} bytes" for r in compiled if not r["fits"]]
+    assert not too_big, "\n".join(too_big)
+
+
 def test_every_kernel_is_registered():
     """A `@triton.jit` kernel (its name ends in `_kernel`) that no AOT row names would never be compiled here."""
     import importlib
