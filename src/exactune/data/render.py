@@ -51,14 +51,32 @@ class ChatTemplate:
             )
         self.tokenizer = tokenizer
 
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether the template passes over or refuses content that is a string, as some made for images do, and takes a list of parts."""
+        said = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}] for answer in ("b", "c")]
+        return not self._tells_apart(said) and self._tells_apart([_in_parts(messages) for messages in said])
+
+    def _tells_apart(self, conversations: list[list[Message]]) -> bool:
+        try:
+            return len({self._text(messages, {}, False) for messages in conversations}) == len(conversations)
+        except BadRow:
+            return False
+
+    def _as_wanted(self, messages: Sequence[Message]) -> list[Message]:
+        return _in_parts(messages) if self._wants_parts else list(messages)
+
     def render(self, messages: Sequence[Message], fields: dict[str, Any], *, generation_prompt: bool = False) -> str:
         """The text of `messages`, with the header of the assistant's next turn if asked for. Raises `BadRow` where the template refuses."""
+        return self._text(self._as_wanted(messages), fields, generation_prompt)
+
+    def _text(self, messages: list[Message], fields: dict[str, Any], generation_prompt: bool) -> str:
         from jinja2 import TemplateError
 
         arguments = {name: fields[name] for name in TEMPLATE_FIELDS[:2] if name in fields}
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages),
+                messages,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
                 **arguments,
@@ -79,7 +97,7 @@ class ChatTemplate:
         given = {**self.tokenizer.special_tokens_map, **fields.get("chat_template_kwargs", {})}
         try:
             texts, spans = cast(Any, render_jinja_template)(  # its annotation knows only the text
-                conversations=[list(messages)],
+                conversations=[self._as_wanted(messages)],
                 tools=fields.get("tools"),
                 documents=fields.get("documents"),
                 chat_template=self.tokenizer.get_chat_template(tools=fields.get("tools")),
@@ -174,6 +192,12 @@ class ChatTemplate:
         kept = whole[start:end].rstrip()
         closes = any(match.end() == len(kept) for match in self._added.finditer(kept))
         return end if closes else len(whole)
+
+
+def _in_parts(messages: Sequence[Message]) -> list[Message]:
+    """`messages` with each text as a list of one part."""
+    parts = ({"content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else {} for m in messages)
+    return [{**message, **part} for message, part in zip(messages, parts)]
 
 
 def _alike(a: str, b: str) -> int:
