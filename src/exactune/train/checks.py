@@ -1,0 +1,29 @@
+"""What can be known to fail before a model is loaded: a tracker that is not installed, an optimizer nobody knows, a number format."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from exactune import device
+from exactune.errors import ConfigError, DeviceError
+from exactune.train.config import TrainConfig
+from exactune.train.config_errors import nearest
+
+
+def check_before_loading(config: TrainConfig) -> None:
+    """Raise `ConfigError` or `DeviceError` for what this machine or installation cannot do."""
+    for tracker in config.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise ConfigError(f"report_to names {tracker}, which is not installed.", f"Run `pip install {tracker}`, or leave it out.")
+    _check_optimizer(config.optim)
+    if config.bf16 and not device.is_bfloat16_supported():
+        raise DeviceError("bf16 was asked for, and this GPU has no bfloat16.", "Leave bf16 out: float16 is used instead.")
+
+
+def _check_optimizer(name: str) -> None:
+    from transformers.training_args import OptimizerNames
+
+    names = [each.value for each in OptimizerNames]
+    if name not in names:
+        near = nearest(name, names)
+        raise ConfigError(f"optim: there is no optimizer {name!r}.", f"Did you mean {near}?" if near else f"Known: {', '.join(names)}.")

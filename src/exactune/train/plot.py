@@ -1,0 +1,45 @@
+"""The loss curve of a run, as a PNG."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+
+def _smoothed(values: list[float], weight: float) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    average, total, smooth = 0.0, 0.0, []
+    for value in values:
+        average, total = weight * average + (1 - weight) * value, weight * total + (1 - weight)
+        smooth.append(average / total)
+    return smooth
+
+
+def loss_png(metrics: list[dict[str, Any]], before: float | None = None, after: float | None = None) -> bytes | None:
+    """PNG bytes of the training loss over the steps in `metrics`, with the held-out losses; None without a single step."""
+    lines = [line for line in metrics if line.get("loss") is not None]
+    if not lines:
+        return None
+    # A figure of its own, without pyplot: no window system is asked for and no global state is touched.
+    from matplotlib.figure import Figure
+
+    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+    figure = Figure(figsize=(7, 3.6), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="#9db8d9", linewidth=0.8, label="training, each step")
+    axes.plot(steps, _smoothed(losses, 0.9), color="#1f5fa8", linewidth=1.8, label="training, smoothed")
+    held_out = [(line["step"], line["eval_loss"]) for line in metrics if line.get("eval_loss") is not None]
+    held_out = ([(0, before)] if before is not None else []) + held_out
+    if after is not None and (not held_out or held_out[-1][0] != steps[-1]):
+        held_out.append((steps[-1], after))
+    if held_out:
+        axes.plot(*zip(*held_out), color="#c8502d", marker="o", markersize=5, linewidth=1, linestyle="--", label="held out")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    picture = io.BytesIO()
+    # Without the date and version that matplotlib would add, equal runs give equal files.
+    figure.savefig(picture, format="png", metadata={"Software": None})
+    return picture.getvalue()

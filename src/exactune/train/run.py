@@ -1,0 +1,249 @@
+"""A supervised fine-tuning run, step by step. TRL trains; this prepares, watches, saves and scores."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import exactune
+from exactune.errors import DataError
+from exactune.evaluate import Scores, evaluate
+from exactune.train.checks import check_before_loading
+from exactune.train.config import TrainConfig
+from exactune.train.environment import environment
+from exactune.train.held_out import describe, prepare_rows, read_sources
+from exactune.train.plot import loss_png
+from exactune.train.progress import ProgressCallback, show_example, show_facts, show_scores
+from exactune.train.report import Facts, markdown, page
+from exactune.train.result import RunResult
+from exactune.train.run_folder import RunFolder
+from exactune.train.stopping import StopRequests
+
+
+class Run:
+    """One run, step by step: the parts that several steps need are its fields."""
+
+    def __init__(self, folder: RunFolder, config: TrainConfig, requests: StopRequests, console: Console, *, resumed: bool):
+        self.folder = folder
+        self.config = config
+        self.requests = requests
+        self.console = console
+        self.resumed = resumed
+
+    def go(self, start: float) -> RunResult:
+        self._prepare()
+        before = self._score("before")
+        fast = self._make_trainable()
+        trainer = self._trainer()
+        self._banner(fast)
+        self._train(trainer)
+        if self.requests.signum is not None:
+            return self._result(start, before, signum=self.requests.signum)
+        saved = self._save(trainer)
+        after = self._score("after")
+        self._report(before, after, saved, time.perf_counter() - start)
+        return self._result(start, before, after, saved)
+
+    def _prepare(self) -> None:
+        """Rows, model, and the run folder with what is known before training."""
+        config = self.config
+        check_before_loading(config)
+        sources = read_sources(config)
+        self._load()
+        self.rows = prepare_rows(config, sources.train, self.tokenizer)
+        self.held_out = prepare_rows(config, sources.held_out, self.tokenizer) if sources.held_out else None
+        data = {"train": describe(config.dataset, self.rows)}
+        if self.held_out:
+            data["held_out"] = describe(config.eval_dataset or config.dataset, self.held_out)
+        if self.resumed:
+            self._check_same_rows(data)
+        else:
+            self.folder.create(config)
+            self.folder.write_json("environment.json", environment())
+            self.folder.write_json("data.json", data)
+
+    def _load(self) -> None:
+        from exactune.models.load import load_model
+
+        config = self.config
+        self.model, self.tokenizer = load_model(
+            config.model_name,
+            max_seq_length=config.max_seq_length,
+            dtype=config.dtype,
+            load_in_4bit=config.load_in_4bit,
+            full_finetuning=config.method == "full",
+            trust_remote_code=config.trust_remote_code,
+            revision=config.revision,
+            random_state=config.seed,
+        )
+
+    def _check_same_rows(self, data: dict[str, Any]) -> None:
+        recorded = self.folder.read_json("data.json")
+        for part, facts in data.items():
+            if recorded is not None and recorded.get(part, {}).get("fingerprint") != facts["fingerprint"]:
+                raise DataError(
+                    f"The rows of {facts['source']} have changed since the run {self.folder} began.", "Put them back, or start a new run."
+                )
+
+    def _score(self, when: str) -> Scores | None:
+        """Held-out scores, measured once a run: a resumed run takes those that were written."""
+        if self.held_out is None:
+            return None
+        scores = self.folder.read_json("scores.json") or {}
+        if when not in scores:
+            self.console.print(f"Scoring {len(self.held_out.rows)} held-out rows {when} training")
+            config = self.config
+            measured = evaluate(
+                self.model,
+                self.tokenizer,
+                self.held_out,
+                max_length=config.max_seq_length,
+                generate_rows=config.generate_rows,
+                batch_size=config.per_device_eval_batch_size,
+                max_new_tokens=config.max_new_tokens,
+            )
+            self.folder.write_json("scores.json", {**scores, when: measured.as_dict()})
+            return measured
+        return Scores.from_dict(scores[when])
+
+    def _make_trainable(self) -> str:
+        """Put the adapter on (or free every weight) and swap in what is fast; a line that says what was."""
+        from exactune import device
+        from exactune.models.adapters import DEFAULT_TARGETS, add_adapter
+        from exactune.models.checkpointing import apply_checkpointing
+
+        config = self.config
+        if config.method == "full":
+            apply_checkpointing(self.model, config.use_gradient_checkpointing)
+        else:
+            self.model = add_adapter(
+                self.model,
+                r=config.r,
+                lora_alpha=config.lora_alpha,
+                lora_dropout=config.lora_dropout,
+                target_modules=config.target_modules or DEFAULT_TARGETS,
+                modules_to_save=config.modules_to_save,
+                use_rslora=config.use_rslora,
+                use_dora=config.use_dora,
+                use_gradient_checkpointing=config.use_gradient_checkpointing,
+                random_state=config.seed,
+            )
+        if not config.accelerate or not device.kernels_run_on(self.model.device):
+            return "nothing: stock torch" + ("" if config.accelerate else " (accelerate is false)")
+        from exactune.models.accelerate import accelerate
+
+        return accelerate(self.model).summary()
+
+    def _trainer(self) -> Any:
+        from exactune.train.arguments import trainer_arguments
+        from exactune.train.callbacks import MetricsCallback, StopCallback
+        from exactune.train.trainer import RunTrainer
+
+        config = self.config
+        self.progress = ProgressCallback(self.console)
+        trainer = RunTrainer(
+            self.folder,
+            held_out=list(self.held_out.dataset) if self.held_out and config.eval_steps else (),
+            every=config.eval_steps,
+            model=self.model,
+            args=trainer_arguments(config, self.model, self.folder.path),
+            train_dataset=self.rows.dataset,
+            processing_class=self.tokenizer,
+            callbacks=[MetricsCallback(self.folder), StopCallback(self.requests), self.progress],
+        )
+        from transformers import PrinterCallback
+
+        trainer.remove_callback(PrinterCallback)
+        batches = math.ceil(trainer.sequences() / config.per_device_train_batch_size)
+        updates = math.ceil(batches / config.gradient_accumulation_steps)
+        self.total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * updates)
+        return trainer
+
+    def _banner(self, fast: str) -> None:
+        config = self.config
+        trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
+        total = parameters(self.model)
+        rows, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        facts = {
+            "Exactune": f"{exactune.__version__}, {config.method} of {config.model_name} on {self.model.device}",
+            "trains": f"{trained:,} of {total:,} parameters ({trained / total:.2%})",
+            "accelerated": fast,
+            "data": self.rows.summary(),
+            "held out": self.held_out.summary() if self.held_out else "no rows (give eval_dataset or val_size to measure the gain)",
+            "batch": f"{rows} rows x {passes} passes = {rows * passes} rows an update",
+            "steps": f"{self.total_steps:,}",
+            "run folder": str(self.folder),
+        }
+        show_facts(self.console, facts)
+        for note in self.rows.notes:
+            self.console.print(note)
+        show_example(self.console, self.rows.example)
+
+    def _train(self, trainer: Any) -> None:
+        checkpoint = self.folder.latest_checkpoint() if self.resumed else None
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        if self.resumed:
+            self.folder.trim_metrics(step)
+            self.console.print(f"Going on from step {step:,} of {self.total_steps:,}")
+        if checkpoint and step >= self.total_steps:
+            trainer.restore(checkpoint)
+            trainer.state.global_step = step
+            return
+        self.requests.in_steps = True
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            self.requests.in_steps = False
+            self.progress.stop()
+
+    def _save(self, trainer: Any) -> Path:
+        """The result under its name: `adapter/`, or `model/` for full fine-tuning."""
+        final = self.folder.model if self.config.method == "full" else self.folder.adapter
+        with self.folder.new_folder(final) as staging:
+            trainer.model.save_pretrained(staging)
+            self.tokenizer.save_pretrained(staging)
+        return final
+
+    def _report(self, before: Scores | None, after: Scores | None, saved: Path, seconds: float) -> None:
+        metrics = self.folder.read_metrics()
+        png = loss_png(metrics, before.loss if before else None, after.loss if after else None)
+        if png:
+            self.folder.write_bytes("loss.png", png)
+        result = {
+            "result": str(saved),
+            "steps": str(self.total_steps),
+            "time": f"{seconds:.0f} s" + (" since it was resumed" * self.resumed),
+        }
+        data, machine = self.folder.read_json("data.json"), self.folder.read_json("environment.json")
+        facts = Facts(str(self.folder), self.config, machine, data, result, before, after, png is not None)
+        text = markdown(facts)
+        self.folder.write_text("report.html", page(text, f"Exactune: {self.folder}", png))
+        self.folder.write_text("report.md", text)
+        if before and after:
+            show_scores(self.console, before, after)
+        self.console.print(f"Result {saved}, report {self.folder.path / 'report.md'}", soft_wrap=True)
+
+    def _result(
+        self, start: float, before: Scores | None, after: Scores | None = None, saved: Path | None = None, signum: int | None = None
+    ) -> RunResult:
+        full = self.config.method == "full"
+        return RunResult(
+            run_dir=self.folder.path,
+            adapter_dir=None if full else saved,
+            model_dir=saved if full else None,
+            before=before,
+            after=after,
+            metrics=self.folder.read_metrics(),
+            seconds=time.perf_counter() - start,
+            signum=signum,
+        )
+
+
+def parameters(model: Any) -> int:
+    """Parameters of `model` as it was before it was packed into 4 bits, shared ones once."""
+    counted = getattr(model, "num_parameters", None)
+    return int(counted()) if counted else sum(weight.numel() for weight in model.parameters())
