@@ -95,8 +95,9 @@ def tiny_gemma2(folder: Path, *, dtype: str = "float32", seed: int = 0, **overri
 
 
 def tiny_gemma3(folder: Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
-    """Gemma 3 (text): q/k norms, local and global layers with rotary bases of their own."""
-    defaults = {"head_dim": 16, "sliding_window": 32, "query_pre_attn_scalar": 16}
+    """Gemma 3 (text): q/k norms, one local and one global layer with rotary bases of their own."""
+    layers = ["sliding_attention", "full_attention"]
+    defaults = {"head_dim": 16, "sliding_window": 32, "query_pre_attn_scalar": 16, "layer_types": layers}
     return _checkpoint(folder, "Gemma3TextConfig", defaults, overrides, dtype=dtype, seed=seed)
 
 

@@ -75,8 +75,10 @@ class FastLanguageModel:
             **kwargs,
         )
         notes_of(model).checkpointing = use_gradient_checkpointing
-        if full_finetuning or hasattr(model, "peft_config"):
-            apply_checkpointing(model, choice)
+        to_train = full_finetuning or hasattr(model, "peft_config")
+        if to_train or choice is False:  # else the adapter to come decides
+            apply_checkpointing(model, use_gradient_checkpointing)
+        if to_train:
             _accelerate(model, accelerate)
         bind(model, **_SAVING)
         return model, tokenizer

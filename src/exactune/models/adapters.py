@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from exactune.errors import ConfigError
+from exactune.errors import ConfigError, DeviceError
 from exactune.models.arguments import nearest, take_peer_arguments
 from exactune.models.checkpointing import apply_checkpointing
 from exactune.models.modes import for_inference, for_training
@@ -58,7 +58,7 @@ def add_adapter(
     from peft import LoraConfig, PeftModel, get_peft_model
 
     kwargs = _lora_fields(kwargs)
-    _check_numbers(r, lora_alpha, lora_dropout)
+    _check_plain(r, lora_alpha, lora_dropout, bias)
     if not finetune_language_layers:
         raise ConfigError("finetune_language_layers=False leaves nothing to train here.", "Leave it out.")
     if isinstance(model, PeftModel):
@@ -70,12 +70,16 @@ def add_adapter(
     fields |= {"bias": bias, "use_rslora": use_rslora, "use_dora": use_dora, "init_lora_weights": init_lora_weights}
     fields |= {"layers_to_transform": layers_to_transform, "layers_pattern": layers_pattern, "modules_to_save": modules_to_save}
     fields |= {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "target_modules": targets}
+    if _shares_ends(model, modules_to_save):
+        fields.setdefault("ensure_weight_tying", True)
     try:
         config = LoraConfig(task_type="CAUSAL_LM", **fields)
         with seeded(random_state):
             adapted = get_peft_model(model, config)
     except (ValueError, TypeError) as error:  # PEFT's own checks of what may go together
         raise ConfigError(f"PEFT cannot make these adapters: {error}", "Change the argument it names.") from error
+    except ImportError as error:
+        raise DeviceError(f"These adapters need a library that is not installed: {error}", "Install it with pip.") from error
     notes = notes_of(model)
     if max_seq_length is not None:
         notes.max_seq_length = max_seq_length
@@ -99,13 +103,15 @@ def _lora_fields(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def _check_numbers(r: int, lora_alpha: float, lora_dropout: float) -> None:
+def _check_plain(r: int, lora_alpha: float, lora_dropout: float, bias: str) -> None:
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise ConfigError(f"r={r!r} is not a rank.", "Pass a whole number of at least 1; 8, 16 and 32 are usual.")
     if not lora_alpha > 0:
         raise ConfigError(f"lora_alpha={lora_alpha!r} would switch the adapters off.", "Pass a number above 0; r or 2*r is usual.")
     if not 0 <= lora_dropout < 1:
         raise ConfigError(f"lora_dropout={lora_dropout!r} is not a share.", "Pass a number from 0 up to, and not including, 1.")
+    if bias not in ("none", "all", "lora_only"):
+        raise ConfigError(f"bias={bias!r} is not a choice.", 'Use "none", "all" or "lora_only".')
 
 
 def _check_init(model: Any, init: bool | str, loftq_config: dict[str, Any] | None) -> None:
@@ -135,15 +141,23 @@ def _keep_parts(model: Any, targets: Any, *, attention: bool, mlp: bool) -> str 
     return choose_targets(model, kept)
 
 
+def _end_names(model: Any) -> set[str]:
+    """What this model calls its embedding and its head."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if any(module is end for end in ends)}
+
+
+def _shares_ends(model: Any, whole: list[str] | None) -> bool:
+    """True where embedding and head are one matrix and it is to be trained: it has to stay one, or the merged model is another."""
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    return tied and bool({name.rpartition(".")[2] for name in whole or ()} & _end_names(model))
+
+
 def _train_whole(model: Any, targets: str | list[str], whole: list[str] | None) -> tuple[str | list[str], list[str] | None]:
     """Move embeddings and head from the targets to `modules_to_save`: scripts name them there to train them whole."""
     if isinstance(targets, str):
         return targets, whole
-    ends = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if module is model.get_input_embeddings() or module is model.get_output_embeddings()
-    }
+    ends = _end_names(model)
     moved = [name for name in targets if name in ends]
     if not moved:
         return targets, whole

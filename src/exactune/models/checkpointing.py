@@ -21,7 +21,7 @@ from exactune.models.notes import bind, notes_of, unbind
 logger = logging.getLogger(__name__)
 
 _ENABLERS = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # transformers 5's name, and the older one
-_CHOICES = {"auto": "auto", "unsloth": True, "true": True, "false": False, "none": False}
+_NAMED: dict[str, bool | str] = {"auto": "auto", "unsloth": True, "true": True, "false": False, "none": False}
 
 
 def read_choice(choice: Any) -> bool | str:
@@ -30,9 +30,7 @@ def read_choice(choice: Any) -> bool | str:
     Raises:
         ConfigError: it is none of the choices above.
     """
-    known = _CHOICES.get(choice.lower()) if isinstance(choice, str) else choice
-    if choice is None:
-        return False
+    known = _NAMED.get(choice.lower()) if isinstance(choice, str) else choice or False
     if known in (True, False, "auto"):
         return known
     raise ConfigError(
@@ -44,17 +42,17 @@ def read_choice(choice: Any) -> bool | str:
 def apply_checkpointing(model: Any, choice: Any) -> Any:
     """Set gradient checkpointing on `model` (a transformers or PEFT model) as `choice` says, and keep it through training."""
     wanted = read_choice(choice)
+    base = _base(model)
     notes_of(model).checkpointing = choice
-    unbind(model, *_ENABLERS)
-    if wanted == "auto":
-        return model
-    if wanted:
-        _enable(model)
-    else:
-        for module in _base(model).modules():
+    unbind(base, *_ENABLERS)
+    if wanted is True:
+        _enable(base)
+    elif wanted is False:
+        for module in base.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
-        bind(model, **dict.fromkeys(_ENABLERS, _decline))
+        # On the instance inside: a PEFT model, ours or one that TRL makes later, forwards the trainer's call to it.
+        bind(base, **dict.fromkeys(_ENABLERS, _decline))
     return model
 
 
@@ -67,8 +65,7 @@ def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _enable(model: Any) -> None:
-    base = _base(model)
+def _enable(base: Any) -> None:
     if not base.supports_gradient_checkpointing:
         raise ConfigError(
             f"{type(base).__name__} cannot recompute its activations.", "Pass use_gradient_checkpointing=False for this model."

@@ -69,7 +69,7 @@ def _scale(text: Any, scaling: dict[str, Any], limit: int | None, max_seq_length
         raise ConfigError(f'rope_scaling of type {kind!r} needs a "factor" of at least 1, and got {factor!r}.', 'Pass, say, "factor": 2.0.')
     nested = text.nested_rope_parameter_keys(parameters)
     # Where layers differ, only those that look at everything are stretched: a sliding window never sees far positions.
-    target = parameters["full_attention" if "full_attention" in nested else nested[0]] if nested else parameters
+    target = parameters.get("full_attention") or parameters[nested[0]] if nested else parameters
     if kind == "yarn" and limit:
         scaling.setdefault("original_max_position_embeddings", limit)
     target.update(scaling)

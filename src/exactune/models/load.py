@@ -46,6 +46,8 @@ def load_model(
         ModelError: the model is missing, damaged or of a kind that cannot be loaded.
         DeviceError: hardware or a library that was asked for is absent.
     """
+    if "torch_dtype" in kwargs:  # the name before transformers 5
+        dtype = kwargs.pop("torch_dtype")
     precision = choose_precision(
         dtype=dtype,
         load_in_4bit=load_in_4bit,
@@ -64,7 +66,7 @@ def load_model(
     hub: dict[str, Any] = {"token": token, "trust_remote_code": trust_remote_code}
     with said_plainly(source.name):
         config, kwargs = _load_config(source, hub, kwargs)
-        precision, quantization = _fit_to_checkpoint(config, precision, asked_16bit=load_in_16bit, dtype=dtype)
+        precision, quantization = _fit_to_checkpoint(config, precision, asked_16bit=load_in_16bit)
         length = set_context(config, max_seq_length, rope_scaling)
         model = _load_weights(source, config, precision.dtype, hub, {"device_map": device_map, **quantization, **kwargs})
     tokenizer = load_tokenizer(_tokenizer_home(source), revision=source.revision, **hub)
@@ -85,7 +87,7 @@ def _load_config(source: Source, hub: dict[str, Any], kwargs: dict[str, Any]) ->
     return config, {name: value for name, value in rest.items() if name not in hub}
 
 
-def _fit_to_checkpoint(config: Any, precision: Precision, *, asked_16bit: bool, dtype: Any) -> tuple[Precision, dict[str, Any]]:
+def _fit_to_checkpoint(config: Any, precision: Precision, *, asked_16bit: bool) -> tuple[Precision, dict[str, Any]]:
     """How to ask transformers for `precision`: a checkpoint that is stored quantised is loaded as it is stored."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
@@ -111,6 +113,8 @@ def _load_weights(source: Source, config: Any, dtype: Any, hub: dict[str, Any], 
         source.name, config=config, dtype=dtype, revision=source.revision, output_loading_info=True, **hub, **kwargs
     )
     model, report = loaded
+    if getattr(config, "quantization_config", None) is not None:
+        _cast_unquantised(model, dtype)
     wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if wrong:
         raise ModelError(
@@ -119,6 +123,17 @@ def _load_weights(source: Source, config: Any, dtype: Any, hub: dict[str, Any], 
             "Use a complete causal-language-model checkpoint; the file was saved from another kind of model, or in part.",
         )
     return model
+
+
+def _cast_unquantised(model: Any, dtype: Any) -> None:
+    """Give norms, embeddings and head of a stored-quantised checkpoint the `dtype` that transformers gives those of any other."""
+    import torch
+
+    kept = [*(getattr(model, "_keep_in_fp32_modules", None) or ()), *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+    for name, parameter in model.named_parameters():
+        plain = type(parameter) is torch.nn.Parameter and parameter.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if plain and not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _tokenizer_home(source: Source) -> str:

@@ -68,12 +68,13 @@ def _is_folder(name: str) -> bool:
 
 
 def _what_is_near(path: Path) -> str:
-    """Folders beside the missing one, the likeliest first."""
+    """Folders beside the missing one that have a name like it, or that are models."""
     if not path.parent.is_dir():
         return f"{path.parent} does not exist either. Check the path, or pass a hub name such as owner/model."
-    beside = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
-    close = difflib.get_close_matches(path.name, beside, n=3, cutoff=0.4) or beside[:3]
-    return f"In {path.parent} there is: {', '.join(close)}." if close else f"{path.parent} holds no folders. Check the path."
+    folders = sorted(entry for entry in path.parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    models = [folder.name for folder in folders if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()]
+    close = difflib.get_close_matches(path.name, [folder.name for folder in folders], n=3, cutoff=0.4) or models[:3]
+    return f"In {path.parent} there is: {', '.join(close)}." if close else "Check the path, or pass a hub name such as owner/model."
 
 
 def _adapter_config(name: str, revision: str | None, token: str | None) -> dict[str, Any] | None:
@@ -84,7 +85,7 @@ def _adapter_config(name: str, revision: str | None, token: str | None) -> dict[
         return json.loads(Path(found).read_text()) if found else None
     except json.JSONDecodeError as error:
         raise ModelError(f"adapter_config.json in {name} is not JSON ({error}).", "Save or download the adapter again.") from error
-    except OSError:
+    except (OSError, ValueError):
         return None  # the hub cannot be asked: loading the model itself says why
 
 
