@@ -1,0 +1,202 @@
+"""One LoRA training step: stock, each installed peer and Exactune on the same weights, data and seed, one process each.
+
+    python bench/train.py --model DIR --bits 16 --rows 4 --tokens 2048 --checkpointing 0 --kinds hf liger unsloth exactune --floor
+
+Prints tokens/s, milliseconds, peak allocated and reserved GiB, the largest relative difference of the losses from the first
+kind's, and with --floor the share of the measured floor (see floor.py). `--out FILE` appends one JSON line a kind, with GPU,
+versions, commit and command.
+Conditions: LoRA on all seven linears, fused AdamW, bf16 autocast, three warm-up steps, median of the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+WARM_UP = 3
+GIB = 2**30
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="model folder (make_random_llama.py writes one)")
+    parser.add_argument("--kinds", nargs="+", default=["hf", "liger", "unsloth", "exactune"])
+    parser.add_argument("--bits", choices=["16", "4"], default="16")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--checkpointing", type=int, default=0)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--floor", action="store_true", help="measure the floor of this shape too")
+    parser.add_argument("--profile", help="write a table of the kernels of one step to this file (one kind)")
+    parser.add_argument("--out", type=Path, help="append the results here, one JSON line each")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def build(kind: str, args: argparse.Namespace):
+    """The model of one kind, LoRA on it, ready to train."""
+    if kind == "unsloth":
+        from unsloth import FastLanguageModel  # before torch and transformers, as it asks
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if kind == "unsloth":
+        model, _ = FastLanguageModel.from_pretrained(
+            args.model, max_seq_length=args.tokens, load_in_4bit=args.bits == "4", dtype=torch.bfloat16, local_files_only=True
+        )
+        checkpointing = {"use_gradient_checkpointing": "unsloth" if args.checkpointing else False}
+        lora = {"r": args.rank, "lora_alpha": args.rank, "target_modules": LINEARS, "max_seq_length": args.tokens}
+        return FastLanguageModel.for_training(FastLanguageModel.get_peft_model(model, **lora, **checkpointing))
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    quantised = {"quantization_config": nf4} if args.bits == "4" else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa", **quantised
+    )
+    if kind == "liger":
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model)
+    model.config.use_cache = False
+    if args.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    torch.manual_seed(3407)
+    model = get_peft_model(model, LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=LINEARS, task_type="CAUSAL_LM")).train()
+    if kind == "exactune":
+        from exactune import accelerate
+
+        print(accelerate(model).summary(), file=sys.stderr)
+    return model
+
+
+def measure(kind: str, args: argparse.Namespace) -> dict:
+    """Train a few steps; times, memory and losses."""
+    os.environ.update(HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1")
+    began = time.time()
+    model = build(kind, args)
+    import torch
+
+    load_s = time.time() - began
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-4, fused=True)
+    generator = torch.Generator(device="cuda").manual_seed(1)
+    times, losses, norms = [], [], []
+
+    def step():
+        ids = torch.randint(5, 128000, (args.rows, args.tokens), generator=generator, device="cuda")
+        torch.cuda.synchronize()
+        start = time.time()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        times.append(time.time() - start)
+        losses.append(float(loss.detach()))
+
+    for i in range(args.steps + WARM_UP):
+        if i == WARM_UP:
+            torch.cuda.reset_peak_memory_stats()
+        step()
+    peak, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
+    if args.profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as profile:
+            step()
+        Path(args.profile).write_text(profile.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=90))
+    seconds = statistics.median(times[WARM_UP : WARM_UP + args.steps])
+    return {
+        "kind": kind,
+        "tokens_s": round(args.rows * args.tokens / seconds),
+        "ms": round(seconds * 1e3, 1),
+        "ms_all": [round(t * 1e3, 1) for t in times],
+        "peak_gib": round(peak, 2),
+        "reserved_gib": round(reserved, 2),
+        "load_s": round(load_s, 1),
+        "losses": [round(x, 6) for x in losses[: args.steps + WARM_UP]],
+        "grad_norms": [round(x, 6) for x in norms[: args.steps + WARM_UP]],
+    }
+
+
+def provenance() -> dict:
+    """GPU, versions, commit and command: what a result is worth nothing without."""
+    import importlib.metadata as metadata
+
+    import torch
+
+    versions = {}
+    for name in ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "unsloth"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {"gpu": torch.cuda.get_device_name(), "versions": versions, "commit": commit, "command": " ".join(sys.argv)}
+
+
+def run_worker(kind: str) -> dict:
+    """This very command once more, as the worker for one kind."""
+    done = subprocess.run([sys.executable, *sys.argv, "--worker", kind], capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        return {"kind": kind, "error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300], "stderr": done.stderr[-3000:]}
+    return json.loads(lines[-1]) | {"notes": [line for line in done.stderr.splitlines() if "attention," in line]}
+
+
+def floor_ms(args: argparse.Namespace) -> float:
+    from floor import Shape, floor
+
+    c = json.loads((Path(args.model) / "config.json").read_text())
+    heads = c["num_attention_heads"]
+    head_dim = c.get("head_dim") or c["hidden_size"] // heads
+    sizes = (c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], heads, c["num_key_value_heads"], head_dim, c["vocab_size"])
+    return floor(Shape(*sizes), args.rows, args.tokens, recompute=bool(args.checkpointing))
+
+
+def main() -> None:
+    args = arguments()
+    if args.worker == "floor":
+        print(json.dumps({"ms": floor_ms(args)}))
+        return
+    if args.worker:
+        print(json.dumps(measure(args.worker, args)))
+        return
+    floor = run_worker("floor").get("ms") if args.floor else None
+    results = [run_worker(kind) for kind in args.kinds]
+    reference = next((r["losses"] for r in results if "losses" in r), [])
+    about = provenance()
+    title = f"{Path(args.model).name} {args.bits}-bit {args.rows}x{args.tokens} checkpointing={args.checkpointing} r={args.rank}"
+    print(f"\n{title}" + (f"   floor {floor:.1f} ms, {args.rows * args.tokens / floor * 1e3:.0f} tokens/s" if floor else ""))
+    print(f"{'':10} {'tokens/s':>9} {'ms':>8} {'peak GiB':>9} {'reserved':>9} {'loss diff':>10} {'of floor':>9}")
+    for r in results:
+        if "error" in r:
+            print(f"{r['kind']:10} {r['error']}")
+            print(r["stderr"], file=sys.stderr)
+            continue
+        diff = max(abs(a - b) / abs(b) for a, b in zip(r["losses"], reference))
+        share = f"{floor / r['ms']:.1%}" if floor else ""
+        print(f"{r['kind']:10} {r['tokens_s']:9} {r['ms']:8.1f} {r['peak_gib']:9.2f} {r['reserved_gib']:9.2f} {diff:10.1e} {share:>9}")
+        for note in r["notes"]:
+            print(f"{'':10} {note}")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with args.out.open("a") as file:
+            for r in results:
+                r.pop("stderr", None)
+                file.write(json.dumps({"title": title, "floor_ms": floor, **r, **about}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Multiplying with a group of projections: forward, backward and the gradients of what is trained in it.
+
+A group is the projections that read one input (q, k and v; gate and up) or a single one. Shapes: N tokens, I inputs,
+O outputs of all projections together, R ranks of all adapters together (padded). Activations come in buffers with room
+for the ranks behind them, x [N, I] in [N, I+R] and dy [N, O] in [N, O+R], so that the low-rank products ride in the base GEMMs:
+
+    forward    P  = x Aᵀ      -> behind x       y  = [x | P]   @ [W | s·B]ᵀ
+    backward   P' = dy (s·B)  -> behind dy      dx = [dy | P'] @ [W ; A]
+               dA = P'ᵀ x        dB = s · dyᵀ P       dW = dyᵀ x (only where W is trained)
+
+Every adapter gradient goes through [N, R] first; no [O, I] temporary is formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from exactune.lora import ops
+from exactune.lora.live import Projection, read_projection
+from exactune.lora.stacked import Scratch, StackedWeight
+
+if TYPE_CHECKING:
+    from exactune.lora.parts import Norm
+
+Grads = dict[Tensor, Tensor]  # parameter -> its gradient
+
+
+class Roomy:
+    """A `[N, width]` activation in a buffer with `room` more columns behind it: `data` is the activation, `all` the whole."""
+
+    __slots__ = ("all", "width")
+
+    def __init__(self, rows: int, width: int, room: int, like: Tensor):
+        self.all = torch.empty(rows, width + room, dtype=like.dtype, device=like.device)
+        self.width = width
+
+    @property
+    def data(self) -> Tensor:
+        return self.all[:, : self.width]
+
+    @property
+    def room(self) -> Tensor:
+        return self.all[:, self.width :]
+
+
+@dataclass
+class NormedInput:
+    """A group's input that is a norm of x [N, E] and was not kept: `diag(rstd) x diag(weight)`."""
+
+    x: Tensor
+    rstd: Tensor
+    norm: Norm
+
+    def formed(self) -> Tensor:
+        """The input itself, computed as in the forward pass."""
+        return ops.rms_norm_forward(self.x, self.norm)[0]
+
+
+class Group:
+    """The live projections of `modules` and the extended matrix they are multiplied through."""
+
+    def __init__(self, modules: Sequence[nn.Module], scratch: Scratch):
+        self.modules = list(modules)
+        self.scratch = scratch
+        self.projections: list[Projection] = []
+        self._stack: StackedWeight | None = None
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        """Read the projections as PEFT has them now; rebuild the matrix if ranks or storage changed.
+
+        Raises:
+            Unreadable: a projection has to run its own forward.
+        """
+        self.projections = [read_projection(module) for module in self.modules]
+        if self._stack is None or self._stack.dtype != dtype or not self._stack.fits(self.projections):
+            self._stack = StackedWeight(self.projections, self.scratch, dtype)
+
+    @property
+    def stack(self) -> StackedWeight:
+        if self._stack is None:
+            raise RuntimeError("a group is read with refresh() before it is used")
+        return self._stack
+
+    @property
+    def inputs(self) -> int:
+        return self.stack.inputs
+
+    @property
+    def outputs(self) -> int:
+        return self.stack.outputs
+
+    @property
+    def rank(self) -> int:
+        return self.stack.rank
+
+    @property
+    def dropout(self) -> bool:
+        return any(p.adapter is not None and p.adapter.dropout > 0 for p in self.projections)
+
+    @property
+    def trains_base(self) -> bool:
+        return any(p.trained_base for p in self.projections)
+
+    def parameters(self) -> list[Tensor]:
+        """The adapters' tensors and the trained ones of the base."""
+        return [t for p in self.projections for t in ((p.adapter.a, p.adapter.b) if p.adapter else ()) + tuple(p.trained_base)]
+
+    def filled(self) -> Tensor:
+        """The extended matrix [O+R, I+R] with the current weights and adapters in it."""
+        return self.stack.filled(self.projections)
+
+    def _bias(self, dtype: torch.dtype) -> Tensor | None:
+        biases = [p.base.bias for p in self.projections]
+        if all(b is None for b in biases):
+            return None
+        return torch.cat([b.to(dtype) if b is not None else p.zero_bias(dtype) for b, p in zip(biases, self.projections)])
+
+    def forward(self, x: Roomy) -> Tensor:
+        """y [N, O] of x [N, I]; fills the room of `x` with P."""
+        buffer = self.filled()
+        if self.rank:
+            torch.mm(x.data, buffer[self.outputs :, : self.inputs].t(), out=x.room)
+        weight, bias = buffer[: self.outputs].t(), self._bias(buffer.dtype)
+        return x.all @ weight if bias is None else torch.addmm(bias, x.all, weight)
+
+    def backward_input(self, dy: Roomy, *, needed: bool = True) -> Tensor | None:
+        """dx [N, I] of dy [N, O]; fills the room of `dy` with P'."""
+        buffer = self.filled()
+        if self.rank:
+            torch.mm(dy.data, buffer[: self.outputs, self.inputs :], out=dy.room)
+        return dy.all @ buffer[:, : self.inputs] if needed else None
+
+    def record(
+        self,
+        grads: Grads,
+        dy: Tensor,
+        p: Tensor,
+        p_dy: Tensor,
+        x: Tensor | NormedInput | None,
+        *,
+        da: Tensor | None = None,
+        db: list[Tensor] | None = None,
+    ) -> None:
+        """Put the gradient of everything trained in this group into `grads`, from dy [N, O], P, P' [N, R] and the input x [N, I].
+
+        `da` [R, I] and `db` ([O_i, R_i] each) give P'ᵀ x and dyᵀ P where a kernel has summed them already (x may then be None).
+        """
+        if self.rank:
+            da = self._rank_first(p_dy, x) if da is None else da
+            db = self._blocks(ops.rank_grad(p, dy).t()) if db is None else db
+            rank = 0
+            for projection, own in zip(self.projections, db):
+                if projection.adapter is not None:
+                    a, b = projection.adapter.a, projection.adapter.b
+                    grads[a] = da[rank : rank + a.shape[0]].to(a.dtype)
+                    grads[b] = (own * projection.adapter.scale).to(b.dtype)
+                    rank += a.shape[0]
+        if self.trains_base:
+            self._record_base(grads, dy, x.formed() if isinstance(x, NormedInput) else x)
+
+    @staticmethod
+    def _rank_first(p_dy: Tensor, x: Tensor | NormedInput) -> Tensor:
+        """P'ᵀ x [R, I]. A normed input need not be formed: P'ᵀ diag(rstd) x diag(w) = ((P' ∘ rstd)ᵀ x) ∘ w."""
+        if isinstance(x, Tensor):
+            return ops.rank_grad(p_dy, x)
+        scaled = (p_dy * x.rstd[:, None]).to(p_dy.dtype)
+        return ops.rank_grad(scaled, x.x) * x.norm.column_scale()
+
+    def _blocks(self, db: Tensor) -> list[Tensor]:
+        """The diagonal blocks [O_i, R_i] of dyᵀ P [O, R]."""
+        blocks = []
+        row = rank = 0
+        for rows, ranks in zip(self.stack.rows, self.stack.ranks):
+            blocks.append(db[row : row + rows, rank : rank + ranks])
+            row, rank = row + rows, rank + ranks
+        return blocks
+
+    def _record_base(self, grads: Grads, dy: Tensor, x: Tensor) -> None:
+        for projection, own in zip(self.projections, dy.split(self.stack.rows, dim=1)):
+            weight, bias = projection.base.weight, projection.base.bias
+            if weight.requires_grad:
+                grads[weight] = (own.t() @ x).to(weight.dtype)
+            if bias is not None and bias.requires_grad:
+                grads[bias] = own.sum(0, dtype=torch.promote_types(own.dtype, torch.float32)).to(bias.dtype)

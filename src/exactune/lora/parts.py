@@ -1,0 +1,113 @@
+"""What a decoder layer is made of, as its anatomy found it: the vocabulary of the fused layer.
+
+The layer computed is (sandwich norms only where the model has them):
+
+    s = x + post_attention_norm(attention(input_norm(x)))
+    y = s + post_mlp_norm(mlp(mlp_norm(s)))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from exactune.lora.group import Group
+
+
+@dataclass
+class Norm:
+    """RMS norm over the last dimension: `x / rms(x) * (offset + weight)`.
+
+    `cast` names where the stock module rounds: "llama" before the weight, "gemma" after it.
+    """
+
+    module: nn.Module
+    eps: float
+    offset: float = 0.0
+    cast: str = "llama"
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight
+
+    def column_scale(self) -> Tensor:
+        """What each column is multiplied by, `[E]`, float32 or wider."""
+        return self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32)) + self.offset
+
+
+@dataclass
+class Attention:
+    """Self-attention: projections, rotary embedding (with per-head norms before it, if any), softmax attention, output projection."""
+
+    qkv: Group
+    out: Group
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rotary_style: str = "half"
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    window: int | None = None
+    softcap: float | None = None
+
+    @property
+    def q_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+
+@dataclass
+class Mlp:
+    """Gated MLP: `down(activation(gate(x)) * up(x))`; gate and up stacked in one group, or one fused projection."""
+
+    gate_up: Group
+    down: Group
+    activation: str
+
+    @property
+    def inner(self) -> int:
+        return self.down.inputs
+
+
+@dataclass
+class Layer:
+    input_norm: Norm
+    attention: Attention
+    mlp_norm: Norm
+    mlp: Mlp
+    post_attention_norm: Norm | None = None
+    post_mlp_norm: Norm | None = None
+
+    def groups(self) -> list[Group]:
+        return [self.attention.qkv, self.attention.out, self.mlp.gate_up, self.mlp.down]
+
+    def norms(self) -> list[Norm]:
+        found = [self.input_norm, self.attention.q_norm, self.attention.k_norm, self.post_attention_norm, self.mlp_norm, self.post_mlp_norm]
+        return [n for n in found if n is not None]
+
+
+@dataclass
+class Batch:
+    """What one forward pass of the model shares between its layers.
+
+    cos, sin: [1 or B, T, rotary_dim]. `cu_seqlens` int32 [rows + 1] marks the rows of a packed batch (B = 1), `max_seqlen` the longest.
+    """
+
+    rows: int
+    tokens: int
+    cos: Tensor
+    sin: Tensor
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None
+    deterministic: bool = False
+    extra: dict = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        return self.rows * self.tokens

@@ -1,0 +1,120 @@
+"""A group of projections that share their input, held as one matrix with room for the adapters.
+
+The low-rank product rides in the base GEMM when the inner dimension is extended. With the projections' weights stacked
+along the rows, W [O, I], and their adapters along the ranks, A [R, I] and B [O, R] (block-diagonal over the projections),
+one buffer serves both directions:
+
+    buffer [O + R, I + R] = [ W    s·B ]        forward    y  = [x | x Aᵀ]   @ [W | s·B]ᵀ
+                            [ A     ·  ]        backward   dx = [dy | dy s·B] @ [W ; A]
+
+R is padded with zero ranks to a multiple of 8, so that every slice starts on 16 bytes. The lower right corner is never read.
+
+16-bit weights live in the buffer for good (the layers' parameters become views of it: no second copy); 4-bit weights are
+unpacked into a scratch buffer that all groups of one shape share, where the adapters' columns and rows cost nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from exactune.lora import ops
+from exactune.lora.live import Projection
+
+RANK_MULTIPLE = 8
+
+
+def padded(rank: int) -> int:
+    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+
+
+class Scratch:
+    """Buffers for unpacked 4-bit weights, one a shape, owned by the accelerated model.
+
+    A buffer is valid until the next group of its shape asks for it: every use unpacks anew, on the current stream of its device.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple, Tensor] = {}
+
+    def get(self, weight: StackedWeight) -> Tensor:
+        """A buffer [O+R, I+R]. Its zeros stay where no projection writes: between the diagonal blocks of B."""
+        stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.device.type == "cuda" else 0
+        key = (tuple(weight.rows), tuple(weight.ranks), weight.inputs, weight.dtype, weight.device, stream)
+        if key not in self._buffers:
+            self._buffers[key] = weight.empty_buffer()
+        return self._buffers[key]
+
+    def clear(self) -> None:
+        self._buffers.clear()
+
+
+class StackedWeight:
+    """The extended matrix of one group. `rows` and `ranks` are the projections' sizes in it, in order."""
+
+    def __init__(self, projections: Sequence[Projection], scratch: Scratch, dtype: torch.dtype):
+        self.scratch = scratch
+        self.dtype = dtype
+        self.rows = [p.base.out_features for p in projections]
+        self.inputs = projections[0].base.in_features
+        self.ranks = [p.adapter.rank if p.adapter else 0 for p in projections]
+        self.rank = padded(sum(self.ranks))
+        self.device = projections[0].base.weight.device
+        self.quantised = projections[0].quantised
+        self._stamp: tuple | None = None
+        self._home = None if self.quantised else self._move_in(projections)
+
+    @property
+    def outputs(self) -> int:
+        return sum(self.rows)
+
+    def empty_buffer(self) -> Tensor:
+        return torch.zeros(self.outputs + self.rank, self.inputs + self.rank, dtype=self.dtype, device=self.device)
+
+    def fits(self, projections: Sequence[Projection]) -> bool:
+        """False when ranks, storage or dtype changed since this was built, so that it has to be built anew."""
+        if self.ranks != [p.adapter.rank if p.adapter else 0 for p in projections]:
+            return False
+        if any(p.quantised != self.quantised for p in projections):
+            return False
+        if self.quantised:
+            return True
+        start = self._home.data_ptr()
+        step = self._home.stride(0) * self._home.element_size()
+        homes = zip(projections, self._starts(self.rows))
+        return all(projection.base.weight.data_ptr() == start + row * step for projection, row in homes)
+
+    @staticmethod
+    def _starts(sizes: Sequence[int]) -> list[int]:
+        return [sum(sizes[:i]) for i in range(len(sizes))]
+
+    def _move_in(self, projections: Sequence[Projection]) -> Tensor:
+        """Copy the weights into a buffer with room and make the layers' parameters views of it."""
+        home = self.empty_buffer()
+        for projection, row in zip(projections, self._starts(self.rows)):
+            view = home[row : row + projection.base.out_features, : self.inputs]
+            with torch.no_grad():
+                view.copy_(projection.base.weight)
+            projection.base.weight.data = view
+        return home
+
+    def filled(self, projections: Sequence[Projection]) -> Tensor:
+        """The buffer [O+R, I+R] with the current weights and adapters in it."""
+        if self.quantised:
+            buffer = self.scratch.get(self)
+            ops.dequantise([p.base.weight for p in projections], buffer[: self.outputs, : self.inputs])
+            ops.fill_slots(buffer, [p.adapter for p in projections], self.rows, self.inputs)
+            return buffer
+        assert self._home is not None
+        # The slots keep their content between forward, recomputation and backward of one step: refill only what changed.
+        stamp = tuple(
+            (id(p.adapter.a), p.adapter.a._version, id(p.adapter.b), p.adapter.b._version, p.adapter.scale)
+            for p in projections
+            if p.adapter
+        )
+        if stamp != self._stamp or ops.capturing(self.device):
+            ops.fill_slots(self._home, [p.adapter for p in projections], self.rows, self.inputs)
+            self._stamp = stamp
+        return self._home

@@ -1,0 +1,121 @@
+"""The forward that an accelerated decoder layer runs: fused where this call allows it, stock where it does not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from exactune.lora.decoder_layer import DecoderLayerFunction, parameters
+from exactune.lora.live import Unreadable
+from exactune.lora.parts import Batch, Layer
+
+CAUSAL = torch.zeros(1, 1, 1, 1)  # stands for "plain causal, or the packed rows of this batch" where a 4-D mask would; see `head`
+
+
+class Shared:
+    """What the layers of one accelerated model share: the packed rows of the batch at hand, options, and a tally of stock calls."""
+
+    def __init__(self) -> None:
+        self.cu_seqlens: Tensor | None = None
+        self.max_seqlen: int | None = None
+        self.deterministic = False
+        self.recompute = False
+        self.stock_calls: Counter[str] = Counter()
+        self._batch: Batch | None = None
+
+    def batch(self, x: Tensor, cos: Tensor, sin: Tensor) -> Batch:
+        """The batch that this layer sees; one object for all layers of a pass, so that nothing is prepared twice."""
+        known = self._batch
+        if known is None or known.cos is not cos or known.rows != x.shape[0] or known.cu_seqlens is not self.cu_seqlens:
+            self._batch = known = Batch(
+                x.shape[0], x.shape[1], cos, sin, self.cu_seqlens, self.max_seqlen, deterministic=self.deterministic
+            )
+        return known
+
+    def release(self) -> None:
+        """Forget the batch: it holds tensors of the last pass."""
+        self._batch = self.cu_seqlens = self.max_seqlen = None
+
+
+class FusedLayer:
+    """Replaces the `forward` of one decoder layer instance."""
+
+    def __init__(self, module: nn.Module, parts: Layer, shared: Shared, config: Any):
+        self.module = module
+        self.config = config
+        self.parts = parts
+        self.shared = shared
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        reason = self._obstacle(hidden_states, args, kwargs)
+        if reason is None:
+            return self._fused(hidden_states, kwargs["position_embeddings"])
+        self.shared.stock_calls[reason] += 1
+        if kwargs.get("attention_mask") is CAUSAL:
+            kwargs["attention_mask"] = stock_mask(self.config, self.parts.attention.window, hidden_states, kwargs.get("position_ids"))
+        return type(self.module).forward(self.module, hidden_states, *args, **kwargs)
+
+    def strict(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """The fused forward and nothing else.
+
+        Raises:
+            Unreadable: this call would have run stock.
+        """
+        kwargs["attention_mask"] = None
+        reason = self._obstacle(hidden_states, (), kwargs)
+        if reason is not None:
+            raise Unreadable(reason)
+        return self._fused(hidden_states, kwargs["position_embeddings"])
+
+    def _obstacle(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> str | None:
+        """Why this call has to run stock, or None."""
+        mask = kwargs.get("attention_mask")
+        if args or kwargs.get("position_embeddings") is None:
+            return "a call without position embeddings by name"
+        if kwargs.get("past_key_values") is not None:
+            return "a key/value cache"
+        if mask is not None and mask is not CAUSAL:
+            return "an attention mask"
+        if kwargs.get("output_attentions"):
+            return "attention weights asked for"
+        if not self._same_dtype(x):
+            return "autocast to another dtype than the activations'"
+        try:
+            for group in self.parts.groups():
+                group.refresh(x.dtype)
+        except Unreadable as why:
+            return str(why)
+        if any(group.dropout for group in self.parts.groups()):
+            return "adapter dropout"
+        return None
+
+    def _same_dtype(self, x: Tensor) -> bool:
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype:
+            return False
+        bases = [p for group in self.parts.groups() for p in group.modules]
+        return all(_stored_dtype(module) in (x.dtype, torch.uint8) for module in bases)
+
+    def _fused(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        batch = self.shared.batch(x, *position_embeddings)
+        flat = x.reshape(batch.n, x.shape[-1])
+        recompute = self.shared.recompute and self.module.training
+        with torch.autocast(x.device.type, enabled=False):
+            y = DecoderLayerFunction.apply(self.parts, batch, recompute, flat, *parameters(self.parts))
+        return y.view(x.shape)
+
+
+def stock_mask(config: Any, window: int | None, x: Tensor, position_ids: Tensor | None) -> Any:
+    """The mask that the stock model would build for one layer over rows without padding (packed ones if `position_ids` start anew)."""
+    if position_ids is None:
+        position_ids = torch.arange(x.shape[1], device=x.device)[None]
+    build = create_causal_mask if window is None else create_sliding_window_causal_mask
+    return build(config=config, inputs_embeds=x, attention_mask=None, past_key_values=None, position_ids=position_ids)
+
+
+def _stored_dtype(module: nn.Module) -> torch.dtype:
+    return getattr(module, "base_layer", module).weight.dtype
