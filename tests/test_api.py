@@ -7,7 +7,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
@@ -15,6 +14,7 @@ from exactune import FastLanguageModel, FastModel, is_bfloat16_supported
 from exactune.assets import base_model
 from exactune.errors import ConfigError
 from exactune.models.checkpointing import is_checkpointing
+from tiny import tiny_llama
 
 
 def conversations(count=16):

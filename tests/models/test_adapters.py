@@ -3,13 +3,13 @@
 import pytest
 import torch
 from peft import PeftModel
-from tiny import tiny_gemma3, tiny_llama, tiny_phi3, tiny_qwen2, tiny_qwen3
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from exactune.errors import ConfigError
 from exactune.models.adapters import DEFAULT_TARGETS, add_adapter
 from exactune.models.load import load_model
 from exactune.models.targets import choose_targets, linear_names
+from tiny import tiny_gemma3, tiny_llama, tiny_phi3, tiny_qwen2, tiny_qwen3
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from exactune.errors import ConfigError
 from exactune.models.adapters import add_adapter, for_inference, for_training
 from exactune.models.checkpointing import apply_checkpointing, is_checkpointing, read_choice
 from exactune.models.load import load_model
+from tiny import tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ import weakref
 import pytest
 import torch
 from peft import PeftModel
-from tiny import tiny_gemma3, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from exactune import FastLanguageModel
 from exactune.models.adapters import add_adapter
 from exactune.models.load import load_model
 from exactune.models.tokenizer import load_tokenizer
+from tiny import tiny_gemma3, tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_an_adapter_folder_gives_base_and_adapter_ready_to_train(llama, tmp_path
 
 
 def test_an_adapter_with_a_grown_vocabulary_finds_room_on_its_base(llama, tmp_path):
-    model, tokenizer = load_model(llama, max_seq_length=256, load_in_4bit=False, resize_model_vocab=333)
+    model, _ = load_model(llama, max_seq_length=256, load_in_4bit=False, resize_model_vocab=333)
     assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size == 333
     model = add_adapter(model, r=4, modules_to_save=["embed_tokens", "lm_head"])
     model.save_pretrained(tmp_path)

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from tiny import tiny_llama, tiny_tokenizer
 
 from exactune.errors import ConfigError, DeviceError, ModelError
 from exactune.models.adapters import add_adapter
 from exactune.models.load import load_model
 from exactune.models.tokenizer import require_chat_template
+from tiny import tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_a_folder_without_weights(broken):
 
 
 def test_a_run_folder_names_the_models_inside(broken):
-    with pytest.raises(ModelError, match="no config.json") as caught:
+    with pytest.raises(ModelError, match=r"no config\.json") as caught:
         load_model(broken.parent)
     assert "broken" in caught.value.mend
 
