@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from exactune.infer.decode import decoding, device_of, generation_settings, left_padded
@@ -22,7 +22,7 @@ def stream(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Pieces of the answer to `messages` (or of the continuation of plain text); joined, they are what `generate` returns.
 
     Closing the iterator early (leaving its loop) stops the decoding; an error while decoding is raised here.
@@ -36,7 +36,7 @@ def stream(
     return _pieces(model, tokenizer, {**inputs, "generation_config": settings}, seed if temperature > 0 else None)
 
 
-def _pieces(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: dict, seed: int | None) -> Iterator[str]:
+def _pieces(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: dict, seed: int | None) -> Generator[str, None, None]:
     """transformers decodes in a thread of its own and hands the text over a queue; this is the thread's whole life."""
     from transformers import StoppingCriteriaList, TextIteratorStreamer
 
