@@ -1,0 +1,106 @@
+"""Asks whether a base model learns the bundled task fast: `PYTHONPATH=scripts python -m base_model.check --model DIR`.
+
+Fine-tunes a LoRA adapter on bundled training rows with plain torch and PEFT, and prints valid JSON and exact matches on held-out rows
+before and after. Made for choosing between candidates; the product's own path is `exactune quickstart`.
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+DATASET = Path(__file__).parents[2] / "src" / "exactune" / "assets" / "dataset"
+
+
+def rows_of(split: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (DATASET / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def scores(model, tokenizer, rows: list[dict[str, str]], batch: int) -> dict[str, float]:
+    """Shares of valid JSON and of exact matches, greedily decoded."""
+    tokenizer.padding_side = "left"
+    model.eval()
+    answers, start = [], time.perf_counter()
+    rows = sorted(rows, key=lambda row: len(row["response"]))
+    for at in range(0, len(rows), batch):
+        chats = [[{"role": "user", "content": row["instruction"]}] for row in rows[at : at + batch]]
+        inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True, padding=True, return_tensors="pt")
+        made = model.generate(**inputs.to(model.device), max_new_tokens=200, do_sample=False)
+        answers += tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    exact = sum(answer == row["response"] for answer, row in zip(answers, rows, strict=True))
+    misses = [(a, r["response"]) for a, r in zip(answers, rows, strict=True) if a != r["response"]]
+    for answer, wanted in misses[:: max(1, len(misses) // 4)][:4]:
+        print(f"  wanted {wanted}\n  got    {answer[:300]}")
+    seconds = round(time.perf_counter() - start, 1)
+    return {"valid_json": sum(map(is_json, answers)) / len(rows), "exact_match": exact / len(rows), "seconds": seconds}
+
+
+def tokenised(tokenizer, row: dict[str, str]) -> tuple[list[int], list[int]]:
+    """Ids and labels of one row; only the answer is trained on."""
+    chat = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["response"]}]
+    encoding = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    ids = encoding["input_ids"]
+    return ids, [token if trained else -100 for token, trained in zip(ids, encoding["assistant_masks"], strict=True)]
+
+
+def padded(rows: list[list[int]], value: int, device) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value).to(device)
+
+
+def fine_tune(model, tokenizer, args: argparse.Namespace) -> None:
+    examples = [tokenised(tokenizer, row) for row in rows_of("train")]
+    order = [index for epoch in range(99) for index in random.Random(epoch).sample(range(len(examples)), len(examples))]
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=args.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 10) * (1 - step / args.steps))
+    model.train()
+    start = time.perf_counter()
+    for step in range(args.steps):
+        chosen = [examples[i] for i in order[step * args.batch : (step + 1) * args.batch]]
+        ids = padded([ids for ids, _ in chosen], tokenizer.pad_token_id, model.device)
+        labels = padded([labels for _, labels in chosen], -100, model.device)
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if (step + 1) % 50 == 0:
+            print(f"  step {step + 1} loss {loss.item():.4f} {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=188, help="188 steps of 16 rows are one epoch")
+    parser.add_argument("--held-out", type=int, default=300, help="rows to generate for")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
+    rows = rows_of("held_out")[: args.held_out]
+    print("before", scores(model, tokenizer, rows, batch=50), flush=True)
+    model = get_peft_model(model, LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    fine_tune(model, tokenizer, args)
+    print("after", scores(model, tokenizer, rows, batch=50), flush=True)
+
+
+if __name__ == "__main__":
+    main()

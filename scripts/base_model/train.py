@@ -1,0 +1,157 @@
+"""Trains the base model from prepared ids: `PYTHONPATH=scripts python -m base_model.train --data DIR --out DIR --minutes 5`.
+
+One process, one device, no network. The ids lie on the device; each row is a random window of one stream. AdamW, a short warm-up and a
+cosine to zero that follows the share of the time (or steps) that has gone. Writes the model folder and `record.json` for the model card.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from base_model.shape import CONTEXT, SHAPES, new_model
+
+STREAMS = ("plain", "chat")
+
+
+@dataclass
+class Record:
+    """What the model card states about a run."""
+
+    shape: str
+    parameters: int
+    steps: int
+    tokens: int
+    minutes: float
+    device: str
+    torch: str
+    held_out_perplexity: dict[str, float]
+
+
+class Windows:
+    """Random or consecutive windows of the prepared streams, on the device."""
+
+    def __init__(self, path: Path, device: str, chat_share: float):
+        with np.load(path) as arrays:
+            self.streams = {name: torch.from_numpy(arrays[name].astype(np.int16)).to(device) for name in arrays.files}
+        self.device, self.chat_share = device, chat_share
+        self.offsets = torch.arange(CONTEXT + 1, device=device)
+
+    def batch(self, rows: int) -> torch.Tensor:
+        """Token ids [rows, CONTEXT + 1]; the first `chat_share` of them are conversations."""
+        chats = round(rows * self.chat_share)
+        parts = []
+        for name, count in zip(STREAMS, (rows - chats, chats), strict=True):
+            stream = self.streams[name]
+            starts = torch.randint(len(stream) - CONTEXT, (count, 1), device=self.device)
+            parts.append(stream[starts + self.offsets])
+        return torch.cat(parts).long()
+
+    def consecutive(self, name: str, rows: int) -> torch.Tensor:
+        """Up to `rows` windows that follow each other, for measuring: [n, CONTEXT + 1]."""
+        return self.streams[name].unfold(0, CONTEXT + 1, CONTEXT)[:rows].long()
+
+
+def loss_of(model, ids: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in nats per token, logits in float32."""
+    # Only on a GPU: a CPU without bfloat16 instructions multiplies it fifty times slower than float32.
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=ids.is_cuda):
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+@torch.no_grad()
+def perplexities(model, windows: Windows, rows: int) -> dict[str, float]:
+    """Perplexity per token on the held-out modules' text and conversations."""
+    found = {}
+    for name in STREAMS:
+        batches = windows.consecutive(f"{name}_held_out", rows).split(32)
+        losses = torch.stack([loss_of(model, ids) * len(ids) for ids in batches])
+        found[name] = round(math.exp(losses.sum().item() / sum(map(len, batches))), 3)
+    return found
+
+
+def optimizer_of(model, learning_rate: float) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def pretrain(model, windows: Windows, args: argparse.Namespace) -> tuple[int, float]:
+    """Trains in place until the time or the steps are up. Returns steps and minutes (compilation not counted)."""
+    optimizer = optimizer_of(model, args.learning_rate)
+    compiled = torch.compile(model) if args.compile else model
+    loss_of(compiled, windows.batch(args.batch)).backward()  # pays for compilation before the clock starts
+    model.zero_grad()
+    step, start = 0, time.perf_counter()
+    while (gone := max((time.perf_counter() - start) / (60 * args.minutes), step / args.max_steps)) < 1:
+        rate = args.learning_rate * min(1, (step + 1) / args.warmup) * (1 + math.cos(math.pi * gone)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = loss_of(compiled, windows.batch(args.batch))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if step % args.report_every == 0:
+            speed = step * args.batch * CONTEXT / (time.perf_counter() - start)
+            held_out = perplexities(model, windows, min(64, args.held_out_rows))
+            print(f"step {step} {gone:4.0%} loss {loss.item():.3f} held out {held_out} lr {rate:.1e} {speed:,.0f} tokens/s", flush=True)
+    return step, (time.perf_counter() - start) / 60
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder that build_corpus wrote")
+    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
+    parser.add_argument("--shape", choices=SHAPES, default="wide4")
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--max-steps", type=int, default=10**9)
+    parser.add_argument("--batch", type=int, default=128, help=f"rows of {CONTEXT} tokens")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--warmup", type=int, default=200, help="steps")
+    parser.add_argument("--chat-share", type=float, default=0.6)
+    parser.add_argument("--report-every", type=int, default=500, help="steps")
+    parser.add_argument("--held-out-rows", type=int, default=1500, help="windows of each kind for the final perplexity")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    windows = Windows(args.data / "ids.npz", device, args.chat_share)
+    model = new_model(args.shape, args.data / "tokenizer").to(device)
+    steps, minutes = pretrain(model, windows, args)
+    model.to(torch.bfloat16).save_pretrained(args.out)
+    model.float()  # the saved weights, rounded to bfloat16, in a dtype that any device measures quickly
+    for path in (args.data / "tokenizer").iterdir():
+        shutil.copy(path, args.out)
+    record = Record(
+        shape=args.shape,
+        parameters=model.num_parameters(),
+        steps=steps,
+        tokens=steps * args.batch * CONTEXT,
+        minutes=round(minutes, 2),
+        device=torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        torch=torch.__version__,
+        held_out_perplexity=perplexities(model, windows, args.held_out_rows),  # of the bfloat16 weights, as saved
+    )
+    (args.out / "record.json").write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(asdict(record)))
+
+
+if __name__ == "__main__":
+    main()
