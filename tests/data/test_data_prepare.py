@@ -124,6 +124,11 @@ def test_what_cannot_be_meant(tokenizer):
         prepare([{"prompt": "a", "chosen": "b", "rejected": "c"}], tokenizer, max_length=64)
 
 
+def test_half_a_surrogate_pair_is_a_bad_row(tokenizer):
+    with pytest.raises(DataError, match=r"row 1: the text holds half a surrogate pair \(U\+D83D\)"):
+        prepare([{"text": "smile \ud83d"}], tokenizer, max_length=64)
+
+
 def test_the_format_can_be_named(tokenizer):
     rows = [{"messages": CHAT, "text": "plain"}]
     assert prepare(rows, tokenizer, max_length=64).format == "messages"

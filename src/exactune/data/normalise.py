@@ -28,13 +28,13 @@ def text_field(row: dict[str, Any], name: str, *, may_be_empty: bool = False) ->
     if value is None:
         if may_be_empty:
             return ""
-        raise BadRow(f"`{name}` is {'empty' if name in row else 'missing'}")
+        raise BadRow(*((f"`{name}` is empty", "empty_field") if name in row else (f"`{name}` is missing", "missing_field")))
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
-        raise BadRow(f"`{name}` is not text but a {type(value).__name__}")
+        raise BadRow(f"`{name}` is not text but a {type(value).__name__}", "wrong_type")
     if not value.strip() and not may_be_empty:
-        raise BadRow(f"`{name}` is empty")
+        raise BadRow(f"`{name}` is empty", "empty_field")
     return value
 
 
@@ -54,7 +54,7 @@ def _parsed(value: Any, name: str) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise BadRow(f"`{name}` is a string that is not JSON ({error.msg})") from error
+        raise BadRow(f"`{name}` is a string that is not JSON ({error.msg})", "wrong_type") from error
 
 
 def _content(value: Any, where: str) -> str | None:
@@ -64,12 +64,12 @@ def _content(value: Any, where: str) -> str | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, list):
-        raise BadRow(f"the content of {where} is not text but a {type(value).__name__}")
+        raise BadRow(f"the content of {where} is not text but a {type(value).__name__}", "wrong_type")
     texts = []
     for part in value:
         if not isinstance(part, dict) or not isinstance(part.get("text"), str):
             kind = part.get("type", "?") if isinstance(part, dict) else type(part).__name__
-            raise BadRow(f"{where} has a part of type {kind!r}; only text can be trained on")
+            raise BadRow(f"{where} has a part of type {kind!r}; only text can be trained on", "not_text")
         texts.append(part["text"])
     return "".join(texts)
 
@@ -81,7 +81,7 @@ def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
         call = without_none(call)
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not function.get("name"):
-            raise BadRow(f"a tool call of {where} names no function")
+            raise BadRow(f"a tool call of {where} names no function", "bad_tool_call")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             arguments = _parsed(arguments or "{}", "arguments")
@@ -93,11 +93,11 @@ def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
 def _message(raw: Any, number: int, role_key: str, content_key: str) -> dict[str, Any]:
     where = f"message {number}"
     if not isinstance(raw, dict):
-        raise BadRow(f"{where} is not an object but a {type(raw).__name__}")
+        raise BadRow(f"{where} is not an object but a {type(raw).__name__}", "wrong_type")
     said = raw.get(role_key)
     role = ROLES.get(said.strip().lower()) if isinstance(said, str) else None
     if role is None:
-        raise BadRow(f"{where} has the unknown role {said!r}" if said is not None else f"{where} has no `{role_key}`")
+        raise BadRow(f"{where} has the unknown role {said!r}" if said is not None else f"{where} has no `{role_key}`", "unknown_role")
     message = {key: held for key, held in raw.items() if held is not None and key not in (role_key, content_key)}
     if role == "function_call":  # ShareGPT's way to write an assistant's call
         call = _parsed(raw.get(content_key), "function_call")
@@ -108,20 +108,28 @@ def _message(raw: Any, number: int, role_key: str, content_key: str) -> dict[str
     else:
         message.pop("tool_calls", None)
         if not (content and content.strip()) and not (role == "tool" and content is not None):
-            raise BadRow(f"{where} ({role}) is empty")
+            raise BadRow(f"{where} ({role}) is empty", "empty_message")
     return {"role": role, **({} if content is None else {"content": content}), **message}
 
 
 def conversation(value: Any, name: str, role_key: str = "role", content_key: str = "content") -> list[dict[str, Any]]:
     """A list of messages in the field's own standard form (role, content, tool_calls, ...)."""
+    if value is None:
+        raise BadRow(f"`{name}` is empty", "empty_field")
     value = _parsed(value, name)
     if not isinstance(value, list):
-        raise BadRow(f"`{name}` is not a list of messages but a {type(value).__name__}")
+        raise BadRow(f"`{name}` is not a list of messages but a {type(value).__name__}", "wrong_type")
     if not value:
-        raise BadRow(f"`{name}` is empty")
+        raise BadRow(f"`{name}` is empty", "empty_field")
     if isinstance(value[0], dict) and role_key not in value[0] and {"role", "from"} & value[0].keys():
         role_key, content_key = ("role", "content") if "role" in value[0] else ("from", "value")
     return [_message(raw, number, role_key, content_key) for number, raw in enumerate(value, 1)]
+
+
+def _held(row: dict[str, Any], name: str) -> Any:
+    if name not in row:
+        raise BadRow(f"`{name}` is missing", "missing_field")
+    return row[name]
 
 
 def _with_template_fields(row: dict[str, Any], normalised: dict[str, Any]) -> dict[str, Any]:
@@ -140,13 +148,13 @@ def _with_system(row: dict[str, Any], messages: list[dict[str, Any]]) -> list[di
 
 def from_messages(row: dict[str, Any]) -> dict[str, Any]:
     """OpenAI / ChatML `messages` with role and content."""
-    return _with_template_fields(row, {"messages": _with_system(row, conversation(row.get("messages"), "messages"))})
+    return _with_template_fields(row, {"messages": _with_system(row, conversation(_held(row, "messages"), "messages"))})
 
 
 def from_sharegpt(row: dict[str, Any]) -> dict[str, Any]:
     """ShareGPT `conversations` with from and value."""
-    name = "conversations" if "conversations" in row else "conversation"
-    return _with_template_fields(row, {"messages": _with_system(row, conversation(row.get(name), name, "from", "value"))})
+    name = "conversation" if "conversation" in row else "conversations"
+    return _with_template_fields(row, {"messages": _with_system(row, conversation(_held(row, name), name, "from", "value"))})
 
 
 def from_instruction(row: dict[str, Any], question: str, context: str | None, answer: str) -> dict[str, Any]:
@@ -182,7 +190,7 @@ def from_preference(row: dict[str, Any]) -> dict[str, Any]:
     """A chosen and a rejected answer, with an explicit prompt or one that both begin with."""
     pair = {name: _side(row, name) for name in ("prompt", "chosen", "rejected") if name != "prompt" or row.get("prompt") is not None}
     if pair["chosen"] == pair["rejected"]:
-        raise BadRow("`chosen` and `rejected` are the same")
+        raise BadRow("`chosen` and `rejected` are the same", "same_pair")
     return _with_template_fields(row, pair)
 
 
@@ -190,5 +198,5 @@ def from_kto(row: dict[str, Any]) -> dict[str, Any]:
     """A prompt, a completion, and whether it was good."""
     label = row.get("label")
     if label not in (True, False, "true", "false", "True", "False"):
-        raise BadRow(f"`label` has to be true or false, not {label!r}")
+        raise BadRow(f"`label` has to be true or false, not {label!r}", "bad_label")
     return {**from_prompt_completion(row), "label": label in (True, "true", "True")}

@@ -90,9 +90,10 @@ def prepare(
     rows = normalised(raw, found, skip_bad_rows=skip_bad_rows)
     render = renderer(found, tokenizer, train_on)
     collected = _Collector(max_length)
-    bad: dict[int, str] = {}
-    for index, encoded in encode_rows(rows.records, render, Encoder(tokenizer), bad):
+    refused: dict[int, BadRow] = {}
+    for index, encoded in encode_rows(rows.records, render, Encoder(tokenizer), refused):
         collected.add(index, encoded, rows)
+    bad = {index: str(reason) for index, reason in refused.items()}
     if bad and not skip_bad_rows:
         refuse_or_skip(rows, bad, skip=False, total=len(raw))
     if not collected.sources:
@@ -125,7 +126,9 @@ def renderer(format: Format, tokenizer: Any, train_on: TrainOn) -> Any:
     return render
 
 
-def encode_rows(rows: Iterable[dict[str, Any]], render: Any, encoder: Encoder, bad: dict[int, str]) -> Iterator[tuple[int, list[Encoded]]]:
+def encode_rows(
+    rows: Iterable[dict[str, Any]], render: Any, encoder: Encoder, bad: dict[int, BadRow]
+) -> Iterator[tuple[int, list[Encoded]]]:
     """(row index, its sequences), in order, tokenised `BATCH` rows at a time. Rows that cannot be rendered go to `bad` instead."""
     waiting: list[tuple[int, list[Piece]]] = []
 
@@ -137,12 +140,23 @@ def encode_rows(rows: Iterable[dict[str, Any]], render: Any, encoder: Encoder, b
 
     for index, row in enumerate(rows):
         try:
-            waiting.append((index, render(row)))
+            waiting.append((index, _encodable(render(row))))
         except BadRow as reason:
-            bad[index] = str(reason)
+            bad[index] = reason
         if len(waiting) >= BATCH:
             yield from flush()
     yield from flush()
+
+
+def _encodable(pieces: list[Piece]) -> list[Piece]:
+    """The same `pieces`. Raises `BadRow` for half a surrogate pair, which JSON can escape and no tokenizer takes."""
+    for piece in pieces:
+        try:
+            piece.text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            seen = f"U+{ord(piece.text[error.start]):04X}"
+            raise BadRow(f"the text holds half a surrogate pair ({seen})", "broken_unicode") from error
+    return pieces
 
 
 class _Collector:

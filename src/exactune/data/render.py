@@ -83,7 +83,7 @@ class ChatTemplate:
                 **fields.get("chat_template_kwargs", {}),
             )
         except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise BadRow(f"the chat template refuses it: {error}") from error
+            raise BadRow(f"the chat template refuses it: {error}", "template_refuses") from error
 
     def marked(self, fields: dict[str, Any]) -> bool:
         """Whether the template itself marks what the assistant generates."""
@@ -105,7 +105,7 @@ class ChatTemplate:
                 **given,
             )
         except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise BadRow(f"the chat template refuses it: {error}") from error
+            raise BadRow(f"the chat template refuses it: {error}", "template_refuses") from error
         return texts[0], [(start, end) for start, end in spans[0] if end > start]
 
     @cached_property
@@ -151,7 +151,10 @@ class ChatTemplate:
         if turns == said:
             return Piece(text, spans)
         if len(spans) != len(said):
-            raise BadRow("the template's generation blocks do not match the assistant's turns one to one, so single turns cannot be chosen")
+            raise BadRow(
+                "the template's generation blocks do not match the assistant's turns one to one, so single turns cannot be chosen",
+                "template_unclear",
+            )
         return Piece(text, [span for span, k in zip(spans, said) if k in turns])
 
     def _turn_alone(self, messages: Sequence[Message], fields: dict[str, Any]) -> Piece:
@@ -159,14 +162,15 @@ class ChatTemplate:
         span, differs = self._span(text, messages, len(messages) - 1, fields)
         if span is None:
             raise BadRow(
-                "the chat template renders what stands before an answer differently once the answer is there, so its tokens cannot be told"
+                "the chat template renders what stands before an answer differently once the answer is there, so its tokens cannot be told",
+                "template_unclear",
             )
         return Piece(text, [span], prompt_differs=differs)
 
     def _span(self, text: str, messages: Sequence[Message], k: int, fields: dict[str, Any]) -> tuple[Span | None, bool]:
         """Where turn `k` stands in `text`, the rendering of all `messages`; None where `text` does not hold it as rendered up to there."""
         if k == 0:
-            raise BadRow("the first message is the assistant's; there is nothing it answers")
+            raise BadRow("the first message is the assistant's; there is nothing it answers", "roles_out_of_order")
         prompt = self.render(messages[:k], fields, generation_prompt=True)
         start, differs = len(prompt), False
         if not text.startswith(prompt):

@@ -12,7 +12,11 @@ MEND_BAD_ROWS = "Mend those rows, or go on without them: --skip-bad-rows (skip_b
 
 
 class BadRow(Exception):
-    """One row that cannot be used; the message says why. Internal: a user meets it as part of a `DataError`."""
+    """One row that cannot be used; the message says why, `kind` is its short name. Internal: a user meets it in a `DataError`."""
+
+    def __init__(self, reason: str, kind: str = "unreadable_row"):
+        super().__init__(reason)
+        self.kind = kind
 
 
 @dataclass
