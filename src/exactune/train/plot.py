@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from typing import Any
 
+SMOOTHED_PARTS = 20  # the smoothed line averages over about a twentieth of the run
+
 
 def _smoothed(values: list[float], weight: float) -> list[float]:
     """Exponential moving average, corrected for its start."""
@@ -23,11 +25,12 @@ def loss_png(metrics: list[dict[str, Any]], before: float | None = None, after: 
     # A figure of its own, without pyplot: no window system is asked for and no global state is touched.
     from matplotlib.figure import Figure
 
+    smoothing = 1 - 1 / max(1.0, len(lines) / SMOOTHED_PARTS)
     steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
     figure = Figure(figsize=(7, 3.6), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="#9db8d9", linewidth=0.8, label="training, each step")
-    axes.plot(steps, _smoothed(losses, 0.9), color="#1f5fa8", linewidth=1.8, label="training, smoothed")
+    axes.plot(steps, _smoothed(losses, smoothing), color="#1f5fa8", linewidth=1.8, label="training, smoothed")
     held_out = [(line["step"], line["eval_loss"]) for line in metrics if line.get("eval_loss") is not None]
     held_out = ([(0, before)] if before is not None else []) + held_out
     if after is not None and (not held_out or held_out[-1][0] != steps[-1]):
@@ -36,7 +39,7 @@ def loss_png(metrics: list[dict[str, Any]], before: float | None = None, after: 
         axes.plot(*zip(*held_out), color="#c8502d", marker="o", markersize=5, linewidth=1, linestyle="--", label="held out")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * max([*losses, *(loss for _, loss in held_out)]))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     picture = io.BytesIO()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,14 @@ def score_rows(before: Scores, after: Scores) -> list[tuple[str, str, str]]:
         if old is not None and new is not None:
             rows.append((f"{name} (of {after.generated} answers)", f"{old:.1%}", f"{new:.1%}"))
     return rows
+
+
+def card(facts: Facts) -> str:
+    """README.md of the result: the header that the hub reads, and the report without its pictures."""
+    adapter = facts.config.method != "full"
+    header = {"base_model": facts.config.model_name, "library_name": "peft" if adapter else "transformers"}
+    header |= {"pipeline_tag": "text-generation", "tags": ["exactune", facts.config.method]}
+    return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n{markdown(dataclasses.replace(facts, has_plot=False))}"
 
 
 def _usage(facts: Facts) -> str:

@@ -18,10 +18,11 @@ from exactune.train.environment import environment
 from exactune.train.held_out import describe, prepare_rows, read_sources
 from exactune.train.plot import loss_png
 from exactune.train.progress import ProgressCallback, show_example, show_facts, show_scores
-from exactune.train.report import Facts, markdown, page
+from exactune.train.report import Facts, card, markdown, page
 from exactune.train.result import RunResult
 from exactune.train.run_folder import RunFolder
 from exactune.train.stopping import StopRequests
+from exactune.train.writing import write_atomically
 
 
 class Run:
@@ -59,12 +60,17 @@ class Run:
         data = {"train": describe(config.dataset, self.rows)}
         if self.held_out:
             data["held_out"] = describe(config.eval_dataset or config.dataset, self.held_out)
-        if self.resumed:
-            self._check_same_rows(data)
-        else:
+        if not self.resumed:
             self.folder.create(config)
+        recorded = self.folder.read_json("data.json")
+        if recorded is None:
             self.folder.write_json("environment.json", environment())
             self.folder.write_json("data.json", data)
+        elif differing := [facts["source"] for part, facts in data.items() if recorded[part]["fingerprint"] != facts["fingerprint"]]:
+            raise DataError(
+                f"The rows of {' and '.join(differing)} have changed since the run {self.folder} began.",
+                "Put them back, or start a new run.",
+            )
 
     def _load(self) -> None:
         from exactune.models.load import load_model
@@ -80,14 +86,6 @@ class Run:
             revision=config.revision,
             random_state=config.seed,
         )
-
-    def _check_same_rows(self, data: dict[str, Any]) -> None:
-        recorded = self.folder.read_json("data.json")
-        for part, facts in data.items():
-            if recorded is not None and recorded.get(part, {}).get("fingerprint") != facts["fingerprint"]:
-                raise DataError(
-                    f"The rows of {facts['source']} have changed since the run {self.folder} began.", "Put them back, or start a new run."
-                )
 
     def _score(self, when: str) -> Scores | None:
         """Held-out scores, measured once a run: a resumed run takes those that were written."""
@@ -221,6 +219,7 @@ class Run:
         data, machine = self.folder.read_json("data.json"), self.folder.read_json("environment.json")
         facts = Facts(str(self.folder), self.config, machine, data, result, before, after, png is not None)
         text = markdown(facts)
+        write_atomically(saved / "README.md", card(facts).encode())
         self.folder.write_text("report.html", page(text, f"Exactune: {self.folder}", png))
         self.folder.write_text("report.md", text)
         if before and after:

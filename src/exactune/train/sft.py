@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from exactune.errors import ConfigError
+from exactune.errors import ConfigError, OutputError
 from exactune.train.config import TrainConfig
 from exactune.train.quiet import quiet
 from exactune.train.result import RunResult
@@ -31,12 +31,14 @@ def train(config: TrainConfig | None = None, *, resume: str | Path | None = None
     console = console or Console()
     start = time.perf_counter()
     folder = RunFolder(resume or config.output_dir or default_output_dir(config.dataset))  # type: ignore[union-attr]
-    with StopRequests() as requests, quiet():
-        try:
-            run = _resumed(folder, config) if resume else _new(folder, config)  # type: ignore[arg-type]
+    run = _resumed(folder, config) if resume else _new(folder, config)  # type: ignore[arg-type]
+    try:
+        with StopRequests() as requests, quiet():
             result = Run(folder, run, requests, console, resumed=resume is not None).go(start)
-        except Stopped as stopped:
-            result = RunResult(folder.path, seconds=time.perf_counter() - start, signum=stopped.signum)
+    except Stopped as stopped:
+        result = RunResult(folder.path, seconds=time.perf_counter() - start, signum=stopped.signum)
+    except OutputError as error:
+        raise OutputError(error.problem, f"{error.mend} Then go on with: exactune train --resume {folder}") from error
     if result.interrupted:
         goes_on = folder.is_run() and not folder.is_finished()
         console.print(f"\nStopped. Go on with: exactune train --resume {folder}" if goes_on else "\nStopped; nothing was written yet.")
@@ -45,7 +47,8 @@ def train(config: TrainConfig | None = None, *, resume: str | Path | None = None
 
 def _new(folder: RunFolder, config: TrainConfig) -> TrainConfig:
     folder.claim(config.overwrite)
-    return config.model_copy(update={"output_dir": str(folder)})
+    # Saved without `overwrite`: running the folder's own config.yaml must not replace the folder.
+    return config.model_copy(update={"output_dir": str(folder), "overwrite": False})
 
 
 def _resumed(folder: RunFolder, config: TrainConfig | None) -> TrainConfig:

@@ -59,8 +59,9 @@ class RunTrainer(SFTTrainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._checkpoints = self._run.checkpoints
-            # Pickled settings: never read again here, and nobody should have to trust them.
-            (staging / name / "training_args.bin").unlink(missing_ok=True)
+            # Pickled settings that nobody should have to trust, and PEFT's empty card.
+            for unwanted in ("training_args.bin", "README.md"):
+                (staging / name / unwanted).unlink(missing_ok=True)
             replace_folder(staging / name, final)
         rotate_checkpoints(str(self._run.checkpoints), self.args.save_total_limit)
 
