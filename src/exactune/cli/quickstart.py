@@ -22,6 +22,7 @@ SETTINGS: dict[str, Any] = {
     "lora_alpha": 64,
     "per_device_train_batch_size": 16,
     "gradient_accumulation_steps": 1,
+    "use_gradient_checkpointing": False,
     "learning_rate": 2e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 10,
@@ -45,10 +46,11 @@ def quickstart(
     """
     from rich.console import Console
 
-    from exactune.train import train
-
-    console = Console()
     config = settings(load_in_4bit, output_dir, overwrite, max_steps)
+    console = Console()
+    console.print(f"Fine-tuning the bundled model on the bundled rows, into {config.output_dir}", soft_wrap=True)
+    from exactune.train import train  # loads the whole stack: a second or more of silence otherwise
+
     result = train(config, console=console)
     if result.interrupted:
         raise typer.Exit(result.exit_code)
@@ -70,7 +72,7 @@ def settings(load_in_4bit: bool, output_dir: Path | None, overwrite: bool, max_s
         "output_dir": str(output_dir or free_folder(Path("runs") / f"quickstart{'-4bit' * load_in_4bit}")),
         "overwrite": overwrite,
     }
-    return TrainConfig(**values, **({"max_steps": max_steps} if max_steps else {}))
+    return TrainConfig(**{**values, "max_steps": max_steps or values["max_steps"]})
 
 
 def free_folder(first: Path) -> Path:
@@ -114,6 +116,8 @@ def show(console: Console, result: RunResult, report: MergeReport, merged: Score
     """Answers side by side, the table, and what to do next; the run folder's report gets the merged model's scores too."""
     from rich.table import Table
 
+    from exactune import assets
+
     assert result.before is not None and result.after is not None  # there are held-out rows
     show_answers(console, result.before, result.after, merged)
     header = ("held-out rows", "before", "after", "merged")
@@ -125,8 +129,7 @@ def show(console: Console, result: RunResult, report: MergeReport, merged: Score
     add_to_report(result, header, rows, report)
     run = result.run_dir
     console.print(f"Report {run / 'report.md'}. Next:", soft_wrap=True)
-    question = merged.samples[0].prompt.replace("'", "'\\''")
-    for command in (f"exactune chat {run}", f"exactune generate {run} --prompt '{question}'", "exactune train --help"):
+    for command in (f"exactune chat {run}", f"exactune generate {run} --file {assets.dataset('held_out')}", "exactune train --help"):
         console.print(f"  {command}", soft_wrap=True, markup=False, highlight=False)
 
 
@@ -138,6 +141,8 @@ def show_answers(console: Console, before: Scores, after: Scores, merged: Scores
     for old, new, last in list(zip(before.samples, after.samples, merged.samples))[:SHOWN_ANSWERS]:
         console.print(Text(f"\n{old.prompt}", style="bold"))
         table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
         for name, answer, right in (
             ("reference", new.reference, True),
             ("before", old.answer, old.right),
