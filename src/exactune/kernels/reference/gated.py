@@ -42,7 +42,8 @@ def gated_lora_backward(
 ) -> dict[str, Tensor]:
     """Backward of a gated activation inside a LoRA MLP, with the adapters' gradients that touch `h`, `dgate` or `dup`.
 
-    `dh = dh0 + p_down a_down`; h, dgate and dup follow; then `dA_down = p_down^T h`, `dB_gate = dgate^T x_gate`, `dB_up = dup^T x_up`.
+    `dh = dh0 + p_down a_down` (`dh0` alone without `a_down`); h, dgate and dup follow; then
+    `dA_down = p_down^T h`, `dB_gate = dgate^T x_gate`, `dB_up = dup^T x_up`.
     """
     dh = dh0 if p_down is None or a_down is None else dh0 + p_down @ a_down
     with torch.enable_grad():
