@@ -6,7 +6,7 @@ holds. A name never decides anything, so two modules whose names end alike canno
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -96,11 +96,11 @@ def adapter_tensors(model: nn.Module, adapters: Sequence[str]) -> dict[str, torc
                 if adapter in container:
                     part = container[adapter]
                     tensors = part.state_dict(keep_vars=True) if isinstance(part, nn.Module) else {"": part}
-                    found.update({f"{path}.{container_name}.{name}".rstrip("."): t for name, t in tensors.items()})
+                    found.update({f"{path}.{container_name}.{adapter}.{name}".rstrip("."): t for name, t in tensors.items()})
     return found
 
 
-def slots_of(model: nn.Module, adapters: Sequence[str], weights: dict[str, float] | None = None) -> list[Slot]:
+def slots_of(model: nn.Module, adapters: Sequence[str], weights: Mapping[str, float] | None = None) -> list[Slot]:
     """The tensors of the plain model, in its own order and under its own names, tied names included."""
     return list(_walk(plain_model(model), "", adapters, weights or {}, (), trained=False))
 
@@ -109,7 +109,7 @@ def _walk(
     module: nn.Module,
     prefix: str,
     adapters: Sequence[str],
-    weights: dict[str, float],
+    weights: Mapping[str, float],
     pending: Pending,
     trained: bool,
 ) -> Iterator[Slot]:
@@ -131,11 +131,12 @@ def _walk(
             if tensor is not None and name not in module._non_persistent_buffers_set:
                 updates = tuple(update for target, update in pending if target == name)
                 yield Slot(prefix + name, module, tensor, updates, name in module._parameters, trained)
-        for name, child in module.named_children():
-            yield from _walk(child, f"{prefix}{name}.", adapters, weights, (), trained)
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from _walk(child, f"{prefix}{name}.", adapters, weights, (), trained)
 
 
-def _updates_of(layer: Any, path: str, adapters: Sequence[str], weights: dict[str, float]) -> Iterator[tuple[str, Update]]:
+def _updates_of(layer: Any, path: str, adapters: Sequence[str], weights: Mapping[str, float]) -> Iterator[tuple[str, Update]]:
     from peft.tuners.lora import Embedding, LoraLayer
     from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper, _ConvNd
     from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -170,7 +171,7 @@ def _magnitude(layer: Any, path: str, adapter: str) -> torch.Tensor | None:
     raise ModelError(f"{path} uses {kind}, which has no merged form here.", "Merge takes LoRA, rsLoRA, DoRA and trainable tokens.")
 
 
-def _linear_update(layer: Any, path: str, adapter: str, weights: dict[str, float]) -> Iterator[tuple[str, Update]]:
+def _linear_update(layer: Any, path: str, adapter: str, weights: Mapping[str, float]) -> Iterator[tuple[str, Update]]:
     scaling = layer.scaling[adapter] * weights.get(adapter, 1.0)
     magnitude = _magnitude(layer, path, adapter)
     in_out = bool(getattr(layer, "fan_in_fan_out", False))
@@ -185,14 +186,14 @@ def _linear_update(layer: Any, path: str, adapter: str, weights: dict[str, float
         yield "bias", BiasShift(bias, scaling)
 
 
-def _embedding_update(layer: Any, path: str, adapter: str, weights: dict[str, float]) -> Iterator[tuple[str, Update]]:
+def _embedding_update(layer: Any, path: str, adapter: str, weights: Mapping[str, float]) -> Iterator[tuple[str, Update]]:
     if adapter in layer.lora_embedding_A:
         scaling = layer.scaling[adapter] * weights.get(adapter, 1.0)
         a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
         yield "weight", LowRank(a, b, scaling, "in_out", magnitude=_magnitude(layer, path, adapter), norm_dim=0)
 
 
-def _expert_update(layer: Any, adapter: str, weights: dict[str, float]) -> Iterator[tuple[str, Update]]:
+def _expert_update(layer: Any, adapter: str, weights: Mapping[str, float]) -> Iterator[tuple[str, Update]]:
     if adapter in layer.lora_A:
         scaling = layer.scaling[adapter] * weights.get(adapter, 1.0)
         a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight

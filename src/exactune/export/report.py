@@ -14,7 +14,7 @@ class MergeReport:
     path: Path
     save_method: str
     dtype: str
-    base_weights: str  # what the adapter was merged onto: "16-bit" or "dequantised"
+    base_weights: str  # what the adapter was merged onto: "16-bit", or of a quantised model "dequantised" or "original"
     files: tuple[str, ...]
     bytes: int
     tensors: int
@@ -26,6 +26,10 @@ class MergeReport:
     bound: float | None = None  # on relative_error, from the rounding of the dtypes involved
     adapter_effect: float | None = None  # ||adapter logits - base logits|| / ||adapter logits||: what a lost adapter would show
     template_checks: int = 0
+    deviations: dict[str, float] = dataclasses.field(default_factory=dict)  # of a quantised base: relative error of either merge
+    quantisation_errors: dict[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # layer -> ||original - quantised|| / ||adapter's delta||
     notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
