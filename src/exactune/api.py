@@ -80,7 +80,7 @@ class FastLanguageModel:
             apply_checkpointing(model, use_gradient_checkpointing)
         if to_train:
             _accelerate(model, accelerate)
-        bind(model, **_SAVING)
+            bind(model, **_SAVING)
         return model, tokenizer
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from exactune.errors import ConfigError
 from exactune.models.adapters import add_adapter, for_inference, for_training
@@ -22,7 +22,8 @@ def fresh(folder):
 
 def trainer_asks(model):
     """What transformers' Trainer calls before the first step when its arguments say so."""
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs=None, every_n_layers=1, offload=False)
+    name = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(PreTrainedModel, f"{name}_enable"))
+    getattr(model, f"{name}_enable")(**{f"{name}_kwargs": None}, every_n_layers=1, offload=False)
 
 
 def gradients(model):

@@ -121,6 +121,15 @@ def test_rope_scaling_stretches_the_reach(llama, scaling):
     assert not torch.equal(model.model.rotary_emb.inv_freq, stock.model.rotary_emb.inv_freq)
 
 
+def test_another_kind_of_scaling_replaces_the_models_own(tmp_path):
+    own = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    folder = tiny_llama(tmp_path, rope_parameters={"rope_theta": 5000.0, **own})
+    kept, _ = load_model(folder, max_seq_length=256, load_in_4bit=False)
+    assert kept.config.rope_parameters == {"rope_theta": 5000.0, **own}
+    model, _ = load_model(folder, max_seq_length=512, load_in_4bit=False, rope_scaling={"type": "linear", "factor": 2.0})
+    assert model.config.rope_parameters == {"rope_theta": 5000.0, "rope_type": "linear", "factor": 2.0}
+
+
 def test_dynamic_scaling_keeps_the_limit_that_it_measures_from(llama):
     model, _ = load_model(llama, max_seq_length=512, load_in_4bit=False, rope_scaling={"type": "dynamic", "factor": 2.0})
     assert model.config.max_position_embeddings == 256
@@ -156,7 +165,8 @@ def test_a_missing_padding_token_is_named_without_growing_the_vocabulary(tmp_pat
 @pytest.mark.parametrize("adapted", [False, True])
 def test_nothing_is_lost_to_copies_pickles_or_memory(llama, adapted):
     stock = AutoModelForCausalLM.from_pretrained(llama)
-    model, _ = FastLanguageModel.from_pretrained(llama, max_seq_length=256, load_in_4bit=False, use_gradient_checkpointing=False)
+    asked = {"load_in_4bit": False} if adapted else {"full_finetuning": True}
+    model, _ = FastLanguageModel.from_pretrained(llama, max_seq_length=256, use_gradient_checkpointing=False, **asked)
     assert model.state_dict().keys() == stock.state_dict().keys()
     if adapted:
         model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)

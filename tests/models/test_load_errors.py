@@ -42,6 +42,7 @@ def broken(llama, tmp_path):
         ({"max_seq_length": 1024, "rope_scaling": {"type": "linear", "factor": 2.0}}, ["1024", "512"]),
         ({"rope_scaling": {"type": "linaer", "factor": 2.0}}, ["'linear'"]),
         ({"rope_scaling": {"type": "yarn"}}, ["factor"]),
+        ({"rope_scaling": {"type": "llama3", "factor": 2.0}}, ["llama3", "not complete"]),
         ({"max_seq_length": 256, "load_in_4bits": True}, ["load_in_4bits"]),
         ({"resize_model_vocab": 20}, ["resize_model_vocab=20"]),
     ],

@@ -11,6 +11,7 @@ from exactune.models.arguments import nearest
 logger = logging.getLogger(__name__)
 
 DEFAULT_LENGTH = 2048
+_OF_ANY_TYPE = {"rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}  # the rest belongs to one type of scaling
 _STRETCH = ("linear", "dynamic", "yarn")  # one factor says how much further the positions reach
 
 
@@ -67,13 +68,19 @@ def _scale(text: Any, scaling: dict[str, Any], limit: int | None, max_seq_length
     factor = scaling.get("factor")
     if kind in _STRETCH and not (isinstance(factor, (int, float)) and factor >= 1):
         raise ConfigError(f'rope_scaling of type {kind!r} needs a "factor" of at least 1, and got {factor!r}.', 'Pass, say, "factor": 2.0.')
-    nested = text.nested_rope_parameter_keys(parameters)
     # Where layers differ, only those that look at everything are stretched: a sliding window never sees far positions.
-    target = parameters.get("full_attention") or parameters[nested[0]] if nested else parameters
+    by_layer = {name: part for name, part in parameters.items() if isinstance(part, dict)}
+    target = by_layer.get("full_attention") or next(iter(by_layer.values()), parameters)
     if kind == "yarn" and limit:
         scaling.setdefault("original_max_position_embeddings", limit)
+    if kind != target.get("rope_type"):
+        for left_over in target.keys() - _OF_ANY_TYPE:
+            del target[left_over]
     target.update(scaling)
-    text.validate_rope()
+    try:
+        text.validate_rope()
+    except (KeyError, ValueError, TypeError) as error:
+        raise ConfigError(f"rope_scaling of type {kind!r} is not complete: {error}", "Pass every key that this type needs.") from error
     if not limit:
         return None
     if kind in _STRETCH:
