@@ -8,8 +8,9 @@ import pytest
 from chat_families import bundled, tokenizer_of
 
 from exactune import assets
-from exactune.data.check import KINDS, check
+from exactune.data.check import check
 from exactune.data.clean import clean
+from exactune.data.findings import KINDS
 from exactune.errors import ConfigError, DataError, OutputError
 
 PLANT = 17  # the row that a fault is planted in (line 18)

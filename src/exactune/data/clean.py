@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exactune.data.check import KINDS, check
+from exactune.data.check import check
 from exactune.data.faults import mend_controls, mend_mojibake
+from exactune.data.findings import KINDS
 from exactune.data.read import read_rows
 from exactune.data.render import TrainOn
 from exactune.data.rows import Rows

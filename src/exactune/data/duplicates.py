@@ -7,16 +7,14 @@ is a true Jaccard similarity of at least the threshold.
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 THRESHOLD = 0.8  # Jaccard similarity of word triples from which two rows count as nearly the same
 PERMUTATIONS, BANDS, SEED = 120, 20, 42  # 20 bands of 6 miss (1 - s^6)^20 of the pairs at similarity s: 0.2 % at 0.8, none at 0.9
 BATCH = 20_000
 SHORT = 12  # a row with fewer triples is only compared exactly: one other word already takes it below the threshold
-
-_WORDS = re.compile(r"\w+")
 
 
 @dataclass
@@ -30,63 +28,76 @@ class Duplicates:
 
 def key_of(text: str) -> bytes:
     """Equal for texts that differ in nothing but case and white space."""
-    return hashlib.blake2b(" ".join(text.lower().split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return _key(_words(text))
 
 
-def triples(text: str) -> set[str]:
-    """The overlapping word triples of `text`, lower case."""
-    words = _WORDS.findall(text.lower())
+def _words(text: str) -> list[str]:
+    if not text.isascii():  # half a surrogate pair is no UTF-8, which rensa takes strings as
+        text = text.encode("utf-8", "replace").decode("utf-8")
+    return text.lower().split()
+
+
+def _key(words: list[str]) -> bytes:
+    return hashlib.blake2b(" ".join(words).encode("utf-8"), digest_size=16).digest()
+
+
+def _triples(words: list[str]) -> set[str]:
     return set(map(" ".join, zip(words, words[1:], words[2:])))
 
 
 def find(texts: Sequence[str], *, near: bool = True, threshold: float = THRESHOLD) -> Duplicates:
     """Which of `texts` repeat an earlier one."""
     found = Duplicates()
+    sketches = _sketches(threshold) if near else None
+    found.checked_near = not near or sketches is not None
     first: dict[bytes, int] = {}
-    fresh: list[int] = []
     for index, text in enumerate(texts):
-        earlier = first.setdefault(key_of(text), index)
-        if earlier == index:
-            fresh.append(index)
-        else:
+        words = _words(text)
+        earlier = first.setdefault(_key(words), index)
+        if earlier != index:
             found.exact[index] = earlier
-    if near:
-        flagged = _similar_somewhere(texts, fresh, threshold)
-        found.checked_near = flagged is not None
-        if flagged:
-            found.near = _confirmed(texts, flagged, threshold)
+        elif sketches is not None and len(words) >= SHORT + 2:
+            sketches.add(index, words)
+    if sketches is not None:
+        found.near = _confirmed(texts, sketches.alike(), threshold)
     return found
 
 
-def _similar_somewhere(texts: Sequence[str], indices: Iterable[int], threshold: float) -> list[int] | None:
-    """Those of `indices` whose text shares an LSH band with another; None without rensa."""
+class _Sketches:
+    """MinHash sketches of many texts, made in batches, and which of them share an LSH band with another."""
+
+    def __init__(self, rensa: Any, threshold: float):
+        self.rensa = rensa
+        self.lsh = rensa.RMinHashLSH(threshold, PERMUTATIONS, BANDS)
+        self.indices: list[int] = []
+        self.waiting: list[list[str]] = []
+        self.matrices: list[Any] = []
+
+    def add(self, index: int, words: list[str]) -> None:
+        self.indices.append(index)
+        self.waiting.append(list(_triples(words)))
+        if len(self.waiting) >= BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.waiting:
+            matrix = self.rensa.RMinHash.digest_matrix_from_token_sets(self.waiting, PERMUTATIONS, SEED)
+            self.lsh.insert_matrix(matrix, len(self.indices) - len(self.waiting))
+            self.matrices.append(matrix)
+            self.waiting = []
+
+    def alike(self) -> list[int]:
+        self._flush()
+        flags = (flag for matrix in self.matrices for flag in self.lsh.query_duplicate_flags_matrix(matrix))
+        return [index for index, flag in zip(self.indices, flags) if flag]
+
+
+def _sketches(threshold: float) -> _Sketches | None:
     try:
-        from rensa import RMinHash, RMinHashLSH
+        import rensa
     except ImportError:
         return None
-    index = RMinHashLSH(threshold, PERMUTATIONS, BANDS)
-    kept: list[int] = []
-    waiting: list[list[str]] = []
-    matrices = []
-
-    def flush() -> None:
-        if waiting:
-            matrix = RMinHash.digest_matrix_from_token_sets(waiting, PERMUTATIONS, SEED)
-            index.insert_matrix(matrix, len(kept) - len(waiting))
-            matrices.append(matrix)
-            waiting.clear()
-
-    for i in indices:
-        tokens = triples(texts[i])
-        if len(tokens) < SHORT:
-            continue
-        kept.append(i)
-        waiting.append(list(tokens))
-        if len(waiting) >= BATCH:
-            flush()
-    flush()
-    flags = [flag for matrix in matrices for flag in index.query_duplicate_flags_matrix(matrix)]
-    return [i for i, flag in zip(kept, flags) if flag]
+    return _Sketches(rensa, threshold)
 
 
 def _confirmed(texts: Sequence[str], flagged: Sequence[int], threshold: float) -> dict[int, int]:
@@ -99,7 +110,7 @@ def _confirmed(texts: Sequence[str], flagged: Sequence[int], threshold: float) -
     sets: dict[int, set[str]] = {}
     found: dict[int, int] = {}
     for i in flagged:
-        mine = triples(texts[i])
+        mine = _triples(_words(texts[i]))
         sketch = RMinHash(PERMUTATIONS, SEED)
         sketch.update(list(mine))
         for other in sorted(index.query(sketch)):

@@ -24,6 +24,8 @@ CONTENT_TAGS = re.compile(r"</?(think|tool_call|tool_response|tools|answer|think
 # HTML has these two as tags of its own.
 _AMBIGUOUS = {"<s>", "</s>"}
 
+_FIELDS = (("prompt", "user"), ("completion", "assistant"), ("chosen", "assistant"), ("rejected", "user"), ("text", "text"))
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 # UTF-8 read as Latin-1 or Windows-1252: a lead byte's letter followed by what a continuation byte becomes
@@ -32,14 +34,19 @@ _MOJIBAKE = re.compile(
 )
 
 
-def text_of(row: dict[str, Any]) -> list[tuple[str, str]]:
+Parts = list[tuple[str, str]]
+
+
+def text_of(row: dict[str, Any]) -> Parts:
     """(role or field, text) of everything said in `row`."""
-    parts: list[tuple[str, str]] = []
-    for name in ("messages", "prompt", "completion", "chosen", "rejected", "text"):
+    if "messages" in row:
+        return [(message["role"], message["content"]) for message in row["messages"] if isinstance(message.get("content"), str)]
+    parts: Parts = []
+    for name, role in _FIELDS:
         value = row.get(name)
         if isinstance(value, str):
-            parts.append(("assistant" if name in ("completion", "chosen") else "text" if name == "text" else "user", value))
-        elif isinstance(value, list):
+            parts.append((role, value))
+        elif value is not None:
             parts += [(message["role"], message["content"]) for message in value if isinstance(message.get("content"), str)]
     return parts
 
@@ -62,9 +69,8 @@ def special_pattern(tokenizer: Any = None) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
 
-def faults_of(row: dict[str, Any], special: re.Pattern[str]) -> Iterator[Fault]:
-    """Everything questionable in one row."""
-    parts = text_of(row)
+def faults_of(row: dict[str, Any], parts: Parts, special: re.Pattern[str]) -> Iterator[Fault]:
+    """Everything questionable in one row, whose `parts` are `text_of(row)`."""
     for role, text in parts:
         yield from _text_faults(role, text, special)
     messages = messages_of(row)
@@ -141,11 +147,11 @@ def mend_mojibake(text: str) -> str:
     return text
 
 
-def script_of(text: str) -> str:
-    """The writing system most letters of `text` are of: "LATIN", "CYRILLIC", "CJK", ...; empty without letters."""
-    if text.isascii():
-        return "LATIN" if any(map(str.isalpha, text)) else ""
-    letters = [char for char in text[:2000] if char.isalpha()]
+def script_of(parts: Parts) -> str:
+    """The writing system most letters of a row are of: "LATIN", "CYRILLIC", "CJK", ...; empty without letters."""
+    if all(text.isascii() for _, text in parts):
+        return "LATIN" if any(map(str.isalpha, (char for _, text in parts for char in text))) else ""
+    letters = [char for _, text in parts for char in text[:2000] if char.isalpha()]
     counts = Counter(unicodedata.name(char, "?").split(" ", 1)[0] for char in letters[:: max(1, len(letters) // 200)])
     return counts.most_common(1)[0][0] if counts else ""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 from exactune.data import normalise
@@ -71,7 +71,12 @@ def named(name: str, row: dict[str, Any] | None = None) -> Format:
 
 def format_of(row: dict[str, Any]) -> Format | None:
     """The first format whose fields `row` has; None where it has those of none."""
-    return next((format for format in _FORMATS if format.fits(row)), None)
+    return _by_fields(tuple(name for name, value in row.items() if value is not None))
+
+
+@lru_cache(maxsize=4096)
+def _by_fields(names: tuple[str, ...]) -> Format | None:
+    return next((format for format in _FORMATS if set(format.fields) <= set(names)), None)
 
 
 def detect(rows: Iterable[dict[str, Any]]) -> Format:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from exactune.data.encode import Encoder
-from exactune.data.faults import text_of
+from exactune.data.faults import Parts, text_of
 from exactune.data.prepare import encode_rows
 
-SAMPLE = 20_000  # rows measured exactly where there are more; rows that may be too long always are
+SAMPLE = 10_000  # rows measured exactly where there are more; rows that may be too long always are
 OVERHEAD = 64  # tokens a message may gain by its header, at the very most
 
 
@@ -33,7 +33,15 @@ class Lengths:
     unended: bool = False
 
 
-def measure(rows: Sequence[dict[str, Any]], render: Any, tokenizer: Any, max_length: int | None, *, sample: int = SAMPLE) -> Lengths:
+def measure(
+    rows: Sequence[dict[str, Any]],
+    render: Any,
+    tokenizer: Any,
+    max_length: int | None,
+    *,
+    parts: Sequence[Parts] | None = None,
+    sample: int = SAMPLE,
+) -> Lengths:
     """Token lengths of `rows`: of all up to `sample`; beyond that of a fixed random sample and of every row that may exceed `max_length`.
 
     A row can only exceed it if its text has more UTF-8 bytes than that (a token covers at least one), so nothing that is cut is overlooked.
@@ -42,7 +50,8 @@ def measure(rows: Sequence[dict[str, Any]], render: Any, tokenizer: Any, max_len
     chosen = set(range(len(rows)))
     if len(rows) > sample:
         chosen = set(random.Random(0).sample(range(len(rows)), sample))
-    certain = [i for i, row in enumerate(rows) if i in chosen or (max_length is not None and _may_exceed(row, max_length))]
+    parts = parts if parts is not None else [text_of(row) for row in rows]
+    certain = [i for i, row in enumerate(rows) if i in chosen or (max_length is not None and _may_exceed(row, parts[i], max_length))]
     encoder = Encoder(tokenizer)
     bad: dict[int, Any] = {}
     for position, sequences in encode_rows((rows[i] for i in certain), render, encoder, bad):
@@ -69,15 +78,12 @@ def measure(rows: Sequence[dict[str, Any]], render: Any, tokenizer: Any, max_len
     return found
 
 
-def _may_exceed(row: dict[str, Any], max_length: int) -> bool:
-    parts = text_of(row)
-    size = sum(len(text) for _, text in parts) + OVERHEAD * (len(parts) + 1)
-    if size * 4 + len(str(row.get("tools", ""))) <= max_length:
+def _may_exceed(row: dict[str, Any], parts: Parts, max_length: int) -> bool:
+    """Whether its bytes, and a generous allowance for headers, are more than `max_length`."""
+    allowance = OVERHEAD * (len(parts) + 1) + 4 * len(str(row.get("tools", "")))
+    if 4 * sum(len(text) for _, text in parts) + allowance <= max_length:  # a character has four bytes at most
         return False
-    return (
-        sum(len(text.encode("utf-8", "replace")) for _, text in parts) + OVERHEAD * (len(parts) + 1) + 4 * len(str(row.get("tools", "")))
-        > max_length
-    )
+    return sum(len(text.encode("utf-8", "replace")) for _, text in parts) + allowance > max_length
 
 
 def _unended(sequence: Any, encoder: Encoder) -> bool:
