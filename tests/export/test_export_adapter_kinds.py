@@ -185,3 +185,14 @@ def test_values_that_do_not_fit_are_an_error(tmp_path):
     model = adapt(tiny("llama"), r=4, target_modules=["up_proj"], size=1e4)
     with pytest.raises(ArtefactError, match=r"up_proj\.weight: .*overflow torch\.float16"):
         merge(model, tokenizer(), tmp_path / "merged", dtype="float16")
+
+
+@pytest.mark.parametrize("kind", ["experts", "transposed experts", "experts renamed on disk", "fused qkv and gate_up"])
+def test_names_and_shapes_on_disk_are_those_of_transformers(tmp_path, kind):
+    from safetensors.torch import load_file
+
+    model_type, changes, _ = KINDS[kind]
+    tiny(model_type, **changes).save_pretrained(tmp_path / "theirs")
+    merge(tiny(model_type, **changes), tokenizer(), tmp_path / "ours", dtype="float32")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
