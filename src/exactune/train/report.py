@@ -87,7 +87,7 @@ def score_rows(before: Scores, after: Scores) -> list[tuple[str, str, str]]:
 def card(facts: Facts) -> str:
     """README.md of the result: the header that the hub reads, and the report without its pictures."""
     adapter = facts.config.method != "full"
-    header = {"base_model": facts.config.model_name, "library_name": "peft" if adapter else "transformers"}
+    header: dict[str, Any] = {"base_model": facts.config.model_name, "library_name": "peft" if adapter else "transformers"}
     header |= {"pipeline_tag": "text-generation", "tags": ["exactune", facts.config.method]}
     return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n{markdown(dataclasses.replace(facts, has_plot=False))}"
 
