@@ -53,5 +53,4 @@ def quiet() -> Iterator[None]:
         stack.enter_context(_no_bars())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", UserWarning)
         yield
