@@ -1,0 +1,187 @@
+"""Attention by the fastest exact backend for the shape and the GPU; see `exactune.kernels.attention_backends` for what each can.
+
+The rule (`choose_backend`), from `bench/attention_probe.py`:
+- whole rows, 16 bits, no window: cuDNN on Hopper and later (at 1 x 16,384 tokens a step's floor is 1.27 times flash's), else flash;
+- packed rows, windows, a deterministic backward: flash;
+- float32, Turing, value heads of another width: torch's memory-efficient kernels;
+- softcap: flex. Without a GPU: the reference.
+
+Sinks need no backend of their own. A sink s is one more logit with no value, so with `lse' = log(exp(lse) + exp(s))`
+
+    out' = out * exp(lse - lse')      ds = -sum over queries of exp(s - lse') * (dout . out')
+
+and because the backward's rule dS = P (dP - dout . out') holds with P = exp(S - lse'), the backend's own backward, given out' and lse',
+is already that of dq, dk and dv.
+
+Backwards that sum with atomics (cuDNN's and flash's default) give dq in an order that varies between runs; `deterministic=True` takes one
+that does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from exactune.kernels import attention_backends as backends
+from exactune.kernels.attention_backends import Call, Saved
+
+FORWARD = {"flash": backends.flash_forward, "cudnn": backends.cudnn_forward, "efficient": backends.efficient_forward}
+BACKWARD = {"flash": backends.flash_backward, "cudnn": backends.cudnn_backward, "efficient": backends.efficient_backward}
+WITH_SINKS = {"flex": backends.flex_forward, "plain": backends.plain_forward}  # those differentiated by autograd
+
+
+def choose_backend(q: Tensor, k: Tensor, v: Tensor, call: Call, *, sinks: bool = False) -> str:
+    """The name of the fastest exact backend; depends on shape, dtype, options and GPU alone."""
+    if not q.is_cuda:
+        return "plain"
+    if call.softcap is not None:
+        return "flex"
+    D = q.shape[-1]
+    capability = torch.cuda.get_device_capability(q.device)
+    sixteen = q.dtype in (torch.float16, torch.bfloat16)
+    flash = sixteen and capability >= (8, 0) and D <= 256 and D % 8 == 0 and v.shape[-1] == D
+    if not flash or not torch.backends.cuda.is_flash_attention_available():
+        if call.window is not None and not call.causal:
+            return "plain"  # the efficient kernels know windows of causal attention only
+        return "efficient"
+    whole_rows = call.cu_seqlens is None and call.window is None and not sinks and q.shape[1] == k.shape[1] > 1
+    if whole_rows and not call.deterministic and D <= 128 and capability >= (9, 0) and torch.backends.cudnn.is_available():
+        return "cudnn"
+    return "flash"
+
+
+def _lse_of_tokens(saved: Saved) -> Tensor:
+    """The log-sum-exp as `[B, T, H, 1]`, whatever the backend's layout."""
+    B, T, H, _ = saved.out.shape
+    assert saved.lse is not None
+    if saved.lse.dim() == 2:  # packed rows, flash: [H, N]
+        return saved.lse.t()[: B * T].reshape(B, T, H, 1)
+    if saved.call.cu_seqlens is not None:  # packed rows, efficient: [1, H, N], padded
+        return saved.lse[0, :, : B * T].t().reshape(B, T, H, 1)
+    return saved.lse[:, :, :T].transpose(1, 2).unsqueeze(-1)
+
+
+def _add_sinks(saved: Saved, sinks: Tensor) -> Saved:
+    assert saved.lse is not None
+    share = torch.sigmoid(_lse_of_tokens(saved) - sinks.float().view(1, 1, -1, 1))
+    out = (saved.out * share).to(saved.out.dtype)
+    column = sinks.float().view(-1, 1) if saved.lse.dim() == 2 else sinks.float().view(1, -1, 1)
+    return replace(saved, out=out, lse=torch.logaddexp(saved.lse, column), sinks=sinks)
+
+
+def _sinks_gradient(dout: Tensor, saved: Saved) -> Tensor:
+    assert saved.sinks is not None
+    share = torch.exp(saved.sinks.float().view(1, 1, -1, 1) - _lse_of_tokens(saved))
+    towards = (dout.float() * saved.out.float()).sum(-1, keepdim=True)
+    return -(share * towards).sum((0, 1, 3)).to(saved.sinks.dtype)
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    deterministic: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Saved]:
+    """(out `[B, T, H, D]`, what the backward needs) for q `[B, T, H, D]`, k and v `[B, T, K, D]` of any strides.
+
+    `scale` defaults to D**-0.5; `window` counts the keys a query sees, its own included; `sinks [H]` are logits without a value; with
+    `cu_seqlens` (int32 `[documents + 1]`) and `max_seqlen` the B * T tokens are documents one after another. `backend` overrides the rule.
+    """
+    if cu_seqlens is not None and max_seqlen is None:
+        raise ValueError("packed rows need max_seqlen beside cu_seqlens: reading it from the GPU would wait for it")
+    length = q.shape[1] if max_seqlen is None else max_seqlen
+    window = None if window is not None and causal and window >= length else window  # a window that hides nothing
+    call = Call(causal, scale, window, softcap, cu_seqlens, max_seqlen, deterministic)
+    name = backend or choose_backend(q, k, v, call, sinks=sinks is not None)
+    with torch.no_grad():
+        if name in WITH_SINKS:
+            saved = WITH_SINKS[name](q, k, v, call, sinks)
+        else:
+            saved = FORWARD[name](q, k, v, call)
+            saved = saved if sinks is None else _add_sinks(saved, sinks)
+    return saved.out, saved
+
+
+@torch.no_grad()
+def attention_backward(dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
+    """dq `[B, T, H, D]`, dk and dv `[B, T, K, D]`, and dsinks `[H]` if there were sinks."""
+    if saved.backend in WITH_SINKS:
+        return backends.autograd_backward(dout, saved)
+    grads = BACKWARD[saved.backend](dout, saved)
+    return grads if saved.sinks is None else (*grads, _sinks_gradient(dout, saved))
+
+
+class Attention(torch.autograd.Function):
+    """`attention_forward` and `attention_backward` for autograd."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, options):
+        out, saved = attention_forward(q, k, v, sinks=sinks, **options)
+        ctx.save_for_backward(q, k, v, out, saved.lse, sinks)
+        # The tensors live in ctx, where offloading and recomputation hooks see them.
+        ctx.saved = replace(saved, q=None, k=None, v=None, out=out.new_empty(0), lse=None, sinks=None)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        q, k, v, out, lse, sinks = ctx.saved_tensors
+        grads = attention_backward(dout, replace(ctx.saved, q=q, k=k, v=v, out=out, lse=lse, sinks=sinks))
+        return *grads[:3], grads[3] if sinks is not None else None, None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None, **options: Any) -> Tensor:
+    """Attention `[B, T, H, D]`, differentiable in q, k, v and sinks; `options` as of `attention_forward`."""
+    return Attention.apply(q, k, v, sinks, options)
+
+
+def attention_interface(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """For transformers' `AttentionInterface.register`: `[B, T, H, D]` from `[B, heads, T, D]`.
+
+    A mask, dropout, or queries and keys of different length (decoding) go to transformers' own sdpa.
+
+    Raises: ValueError for those together with a softcap or sinks, which sdpa does not know: the model's eager attention does.
+    """
+    if attention_mask is not None or dropout or query.shape[2] != key.shape[2]:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        if softcap is not None or s_aux is not None:
+            raise ValueError("attention with a softcap or sinks and a mask needs the model's eager attention")
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    out = attention(
+        q, k, v, sinks=s_aux, causal=causal, scale=scaling, window=sliding_window, softcap=softcap,
+        cu_seqlens=cu_seq_lens_q, max_seqlen=max_length_q,
+    )  # fmt: skip
+    return out, None
