@@ -8,6 +8,7 @@ import typer
 
 from exactune import __version__
 from exactune.cli.chat import chat
+from exactune.cli.data import data
 from exactune.cli.doctor import doctor
 from exactune.cli.failures import Commands
 from exactune.cli.generate import generate
@@ -46,6 +47,7 @@ app.command(cls=TrainCommand)(train)
 app.command()(chat)
 app.command()(generate)
 app.command()(merge)
+app.add_typer(data)
 app.command()(doctor)
 
 
