@@ -6,6 +6,7 @@ python bench/ops_head.py [--rows 8192] [--hidden 4096] [--vocabulary 128256]
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +53,8 @@ def main() -> None:
 
     for chunk in (1024, 2048, 4096, N):
         with torch.no_grad():
-            report(f"two GEMMs alone, chunks of {chunk}", lambda: gemms_alone(hidden, weight, chunk), teraflops=work)
-        report(f"fused, chunks of {chunk}", lambda: fused(hidden, weight, labels, valid_rows=valid, chunk=chunk), teraflops=work)
+            report(f"two GEMMs alone, chunks of {chunk}", partial(gemms_alone, hidden, weight, chunk), teraflops=work)
+        report(f"fused, chunks of {chunk}", partial(fused, hidden, weight, labels, valid_rows=valid, chunk=chunk), teraflops=work)
     report(f"fused, the rule ({chunk_rows(N, V, 2)}), waiting for the labels", lambda: fused(hidden, weight, labels), teraflops=work)
     half = torch.where(torch.arange(N, device="cuda") % 2 == 0, labels, -100)
     report("fused, every second label ignored", lambda: fused(hidden, weight, half), teraflops=work / 2)
@@ -77,9 +78,8 @@ def main() -> None:
                lambda: cross_entropy_forward_and_gradient(logits, some, plain, one, stats), gigabytes=2 * size)  # fmt: skip
         report(f"statistics of {rows} rows: {label}", lambda: cross_entropy_forward(logits, some, plain, rows=stats), gigabytes=size)
     kernels._block = chosen
-    print(
-        f"launch alone: {milliseconds(lambda: cross_entropy_forward(logits[:1], some, plain, rows=stats)):.3f} ms, triton {triton.__version__}"
-    )
+    alone = milliseconds(partial(cross_entropy_forward, logits[:1], some, plain, rows=stats))
+    print(f"launch alone: {alone:.3f} ms, triton {triton.__version__}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ python bench/ops_nf4.py
 
 from __future__ import annotations
 
+from functools import partial
+
 import bitsandbytes.functional as bnb
 import torch
 
@@ -23,6 +25,10 @@ def quantised(rows: int, columns: int) -> tuple:
     return bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True, blocksize=64)
 
 
+def by_bitsandbytes(pairs: list[tuple]) -> list[torch.Tensor]:
+    return [bnb.dequantize_4bit(*pair) for pair in pairs]
+
+
 def main() -> None:
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     total = 0.0
@@ -37,16 +43,15 @@ def main() -> None:
         for words in (256, 512, 1024, 2048):
             nf4.WORDS = words
             mark = ", the rule" if words == rule else ""
-            ms = report(
-                f"{name}: into the stacked buffer, {words} words{mark}", lambda: dequantize_nf4_into(weights, states, outs), gigabytes=size
-            )
+            run = partial(dequantize_nf4_into, weights, states, outs)
+            ms = report(f"{name}: into the stacked buffer, {words} words{mark}", run, gigabytes=size)
             total += ms if words == rule else 0.0
         nf4.WORDS = rule
-        report(f"{name}: bitsandbytes, one by one", lambda: [bnb.dequantize_4bit(*pair) for pair in pairs], gigabytes=size)
-        assert torch.equal(buffer[:rows, :columns], torch.cat([bnb.dequantize_4bit(*pair) for pair in pairs])), "not the same bits"
+        report(f"{name}: bitsandbytes, one by one", partial(by_bitsandbytes, pairs), gigabytes=size)
+        assert torch.equal(buffer[:rows, :columns], torch.cat(by_bitsandbytes(pairs))), "not the same bits"
         adapters = [Adapter(torch.randn(RANK, columns, device="cuda"), torch.randn(height, RANK, device="cuda"), 2.0) for height in heights]
         moved = 6e-9 * RANK * (rows + columns * len(heights))
-        report(f"{name}: adapters into their slots", lambda: fill_adapter_slots(buffer, adapters, rows, columns), gigabytes=moved)
+        report(f"{name}: adapters into their slots", partial(fill_adapter_slots, buffer, adapters, rows, columns), gigabytes=moved)
     print(f"all linear layers of 32 blocks, once: {32 * total:.2f} ms")
     small = quantised(8, 64)
     out = [torch.empty(8, 64, device="cuda", dtype=torch.bfloat16)]
