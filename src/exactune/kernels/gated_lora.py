@@ -206,11 +206,14 @@ def gated_lora_backward(
     return dgate, dup, *_split(sums, ranks, F)
 
 
-def _split(sums: Tensor, ranks: list[int], F: int) -> list[Tensor | None]:
+def _split(sums: Tensor, ranks: list[int], F: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dA_down, dB_gate and dB_up as views of their common buffer."""
-    parts = sums.split([rank * F for rank in ranks])
-    shapes = [(ranks[0], F), (F, ranks[1]), (F, ranks[2])]
-    return [part.view(shape) if rank else None for part, shape, rank in zip(parts, shapes, ranks)]
+    down, gate, up = sums.split([rank * F for rank in ranks])
+    return (
+        down.view(ranks[0], F) if ranks[0] else None,
+        gate.view(F, ranks[1]) if ranks[1] else None,
+        up.view(F, ranks[2]) if ranks[2] else None,
+    )
 
 
 def _aot(rank: int, whole_dh: bool = False, dtype: str = "bf16") -> Aot:

@@ -6,5 +6,6 @@ Each follows the Hugging Face modelling code, cast for cast. Where that computes
 
 from exactune.kernels.reference.gated import gated, gated_lora_backward
 from exactune.kernels.reference.norm import add_rms_norm, layer_norm, rms_norm
+from exactune.kernels.reference.rotary import rotary
 
-__all__ = ["add_rms_norm", "gated", "gated_lora_backward", "layer_norm", "rms_norm"]
+__all__ = ["add_rms_norm", "gated", "gated_lora_backward", "layer_norm", "rms_norm", "rotary"]
