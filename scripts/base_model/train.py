@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from base_model.shape import CONTEXT, SHAPES, new_model
 
@@ -114,6 +115,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder that build_corpus wrote")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
     parser.add_argument("--shape", choices=SHAPES, default="wide4")
+    parser.add_argument("--init", type=Path, help="model folder of an earlier run to go on from, with a fresh schedule")
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--max-steps", type=int, default=10**9)
     parser.add_argument("--batch", type=int, default=128, help=f"rows of {CONTEXT} tokens")
@@ -134,6 +136,10 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     windows = Windows(args.data / "ids.npz", device, args.chat_share)
     model = new_model(args.shape, args.data / "tokenizer").to(device)
+    before = {"steps": 0, "tokens": 0, "minutes": 0.0}
+    if args.init:
+        model.load_state_dict(load_file(args.init / "model.safetensors"), strict=False)  # the tied head is not stored
+        before = json.loads((args.init / "record.json").read_text(encoding="utf-8"))
     steps, minutes = pretrain(model, windows, args)
     model.to(torch.bfloat16).save_pretrained(args.out)
     model.float()  # the saved weights, rounded to bfloat16, in a dtype that any device measures quickly
@@ -142,9 +148,9 @@ def main() -> None:
     record = Record(
         shape=args.shape,
         parameters=model.num_parameters(),
-        steps=steps,
-        tokens=steps * args.batch * CONTEXT,
-        minutes=round(minutes, 2),
+        steps=steps + before["steps"],
+        tokens=steps * args.batch * CONTEXT + before["tokens"],
+        minutes=round(minutes + before["minutes"], 2),
         device=torch.cuda.get_device_name() if device == "cuda" else "CPU",
         torch=torch.__version__,
         held_out_perplexity=perplexities(model, windows, args.held_out_rows),  # of the bfloat16 weights, as saved

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from exactune.kernels.attention_backends import Saved
 from exactune.lora import ops
 from exactune.lora.group import Grads, NormedInput, Roomy
 from exactune.lora.parts import Attention, Batch, Norm
@@ -44,9 +46,10 @@ def _rotated(attention: Attention, batch: Batch, packed: Tensor) -> tuple[Tensor
     return q_out, k_out, v
 
 
-def attend(attention: Attention, batch: Batch, packed: Tensor) -> tuple[Tensor, Tensor]:
-    """(attention's output [B, T, H, D], its log-sum-exp)."""
-    return ops.attention_forward(*_rotated(attention, batch, packed), attention, batch)
+def attend(attention: Attention, batch: Batch, packed: Tensor) -> tuple[Tensor, Tensor | None, Saved]:
+    """(attention's output [B, T, H, D], its log-sum-exp, the rest of what its backward wants, without tensors that we keep ourselves)."""
+    saved = ops.attention_forward(*_rotated(attention, batch, packed), attention, batch)
+    return saved.out, saved.lse, replace(saved, q=None, k=None, v=None, out=saved.out.new_empty(0), lse=None)
 
 
 def output(attention: Attention, attended: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,15 +64,15 @@ def backward(attention: Attention, norm: Norm, batch: Batch, kept: Kept, da: Roo
     """dxn [N, E] (None unless needed) from da [N, E]; records the gradients of the attention's parameters."""
     dattended = attention.out.backward_input(da)
     attention.out.record(grads, da.data, kept.p_out, da.room, kept.attended.reshape(-1, attention.q_width))
-    rotated = _rotated(attention, batch, kept.qkv)
-    dout = dattended.view(kept.attended.shape)
-    dq, dk, dv = ops.attention_backward(dout, *rotated, kept.attended, kept.lse, attention, batch)
+    q, k, v = _rotated(attention, batch, kept.qkv)
+    saved = replace(kept.attention, q=q, k=k, v=v, out=kept.attended, lse=kept.lse)
+    dq, dk, dv = ops.attention_backward(dattended.view(kept.attended.shape), saved)
     dpacked = Roomy(batch.n, attention.q_width + 2 * attention.kv_width, attention.qkv.rank, like=dattended)
     q_raw, k_raw, _ = _heads(attention, batch, kept.qkv)
     dws = ops.rotary_backward(dq, dk, dv, q_raw, k_raw, batch, attention, out=dpacked.data)
     for head_norm, dw in zip((attention.q_norm, attention.k_norm), dws):
-        if head_norm is not None and head_norm.weight.requires_grad:
+        if head_norm is not None and dw is not None and head_norm.weight.requires_grad:
             grads[head_norm.weight] = dw.to(head_norm.weight.dtype)
-    dxn = attention.qkv.backward_input(dpacked, needed=need_dx)
+    dxn = attention.qkv.backward_input(dpacked) if need_dx else attention.qkv.backward_rank(dpacked)
     attention.qkv.record(grads, dpacked.data, kept.p_qkv, dpacked.room, NormedInput(kept.x, kept.rstd_in, norm))
     return dxn

@@ -20,38 +20,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exactune.kernels.attention_backends import Saved
 from exactune.lora import attention_part, mlp_part, ops
 from exactune.lora.group import Grads, Roomy
 from exactune.lora.parts import Batch, Layer, Norm
 
+DROPPED: Any = None
+
 
 @dataclass
 class Kept:
-    """The activations of one layer that its backward reads; None where a policy drops them to be made again."""
+    """The activations of one layer that its backward reads; `DROPPED` where a policy has them made again, or the model has no such part."""
 
-    x: Tensor | None = None  # [N, E]
-    rstd_in: Tensor | None = None  # [N] float32
-    qkv: Tensor | None = None  # [N, (H+2K)D], rotated unless there are per-head norms
-    attended: Tensor | None = None  # [B, T, H, D]
-    lse: Tensor | None = None  # attention's log-sum-exp
-    p_qkv: Tensor | None = None  # [N, R]
-    p_out: Tensor | None = None  # [N, R]
-    a: Tensor | None = None  # [N, E], only under a norm after attention
-    rstd_a: Tensor | None = None
-    s: Tensor | None = None  # [N, E]
-    rstd_mlp: Tensor | None = None
-    gate_up: Tensor | None = None  # [N, 2F]
-    p_gate_up: Tensor | None = None  # [N, R]
-    p_down: Tensor | None = None  # [N, R]
-    m: Tensor | None = None  # [N, E], only under a norm after the MLP
-    rstd_m: Tensor | None = None
+    x: Tensor = DROPPED  # [N, E]
+    rstd_in: Tensor = DROPPED  # [N] float32
+    qkv: Tensor = DROPPED  # [N, (H+2K)D], rotated unless there are per-head norms
+    attended: Tensor = DROPPED  # [B, T, H, D]
+    lse: Tensor | None = None  # attention's log-sum-exp, where its backend has one
+    p_qkv: Tensor = DROPPED  # [N, R]
+    p_out: Tensor = DROPPED  # [N, R]
+    a: Tensor = DROPPED  # [N, E], only under a norm after attention
+    rstd_a: Tensor = DROPPED
+    s: Tensor = DROPPED  # [N, E]
+    rstd_mlp: Tensor = DROPPED
+    gate_up: Tensor = DROPPED  # [N, 2F]
+    p_gate_up: Tensor = DROPPED  # [N, R]
+    p_down: Tensor = DROPPED  # [N, R]
+    m: Tensor = DROPPED  # [N, E], only under a norm after the MLP
+    rstd_m: Tensor = DROPPED
+    attention: Saved = DROPPED  # the rest of what attention's backend wants back; holds none of the tensors above
 
     def drop(self, *names: str) -> None:
         for name in names:
-            setattr(self, name, None)
+            setattr(self, name, DROPPED)
 
     def tensors(self) -> list[Tensor | None]:
-        return [getattr(self, f.name) for f in fields(self)]
+        return [getattr(self, f.name) for f in fields(self) if f.name != "attention"]
 
 
 RECOMPUTED = ("rstd_in", "qkv", "rstd_a", "a", "s", "rstd_mlp", "gate_up")
@@ -70,11 +74,11 @@ def forward(layer: Layer, batch: Batch, x: Tensor) -> tuple[Tensor, Kept]:
 
 def _attention_half(layer: Layer, batch: Batch, kept: Kept) -> None:
     """Fill `kept` from x up to the attention's output projection (`kept.a`, before any norm on it)."""
-    xn = Roomy(*kept.x.shape, layer.attention.qkv.rank, like=kept.x)
+    xn = Roomy.shaped_as(kept.x, layer.attention.qkv.rank)
     _, kept.rstd_in = ops.rms_norm_forward(kept.x, layer.input_norm, out=xn.data)
     kept.qkv, kept.p_qkv = attention_part.project(layer.attention, batch, xn)
-    if kept.attended is None:
-        kept.attended, kept.lse = attention_part.attend(layer.attention, batch, kept.qkv)
+    if kept.attended is DROPPED:
+        kept.attended, kept.lse, kept.attention = attention_part.attend(layer.attention, batch, kept.qkv)
     kept.a, kept.p_out = attention_part.output(layer.attention, kept.attended)
 
 
@@ -84,8 +88,8 @@ def _between(layer: Layer, kept: Kept) -> Roomy:
     if layer.post_attention_norm is not None:
         a, kept.rstd_a = ops.rms_norm_forward(a, layer.post_attention_norm)
     else:
-        kept.a = None
-    sn = Roomy(*kept.x.shape, layer.mlp.gate_up.rank, like=kept.x)
+        kept.a = DROPPED
+    sn = Roomy.shaped_as(kept.x, layer.mlp.gate_up.rank)
     kept.s, kept.rstd_mlp = ops.add_rms_norm_forward(a, kept.x, layer.mlp_norm, out=sn.data)
     return sn
 
@@ -114,15 +118,14 @@ def backward(layer: Layer, batch: Batch, kept: Kept, dy: Tensor, *, need_dx: boo
     dsn = mlp_part.backward(layer.mlp, layer.mlp_norm, kept, dm, grads)
 
     out = layer.attention.out
-    ds = Roomy(*kept.x.shape, out.rank, like=kept.x)
+    ds = Roomy.shaped_as(kept.x, out.rank)
     _norm_backward(layer.mlp_norm, dsn, kept.s, kept.rstd_mlp, grads, dres=dy, out=ds.data)
     da = ds
     if layer.post_attention_norm is not None:
-        da = Roomy(*kept.x.shape, out.rank, like=kept.x)
+        da = Roomy.shaped_as(kept.x, out.rank)
         _norm_backward(layer.post_attention_norm, ds.data, kept.a, kept.rstd_a, grads, out=da.data)
-    dxn = attention_part.backward(
-        layer.attention, layer.input_norm, batch, kept, da, grads, need_dx=need_dx or layer.input_norm.weight.requires_grad
-    )
+    need_dx = need_dx or layer.input_norm.weight.requires_grad
+    dxn = attention_part.backward(layer.attention, layer.input_norm, batch, kept, da, grads, need_dx=need_dx)
     if dxn is None:
         return None, grads
     return _norm_backward(layer.input_norm, dxn, kept.x, kept.rstd_in, grads, dres=ds.data), grads
@@ -135,22 +138,23 @@ def parameters(layer: Layer) -> list[Tensor]:
 
 
 class DecoderLayerFunction(torch.autograd.Function):
-    """y [N, E] = layer(x [N, E]); `parameters` are listed only so that autograd hands them their gradients."""
+    """y [N, E] = layer(x [N, E]); `trained` parameters are listed only so that autograd hands them their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, layer: Layer, batch: Batch, recompute: bool, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, layer: Layer, batch: Batch, recompute: bool, x: Tensor, *trained: Tensor) -> Tensor:
         y, kept = forward(layer, batch, x)
         if recompute:
             kept.drop(*RECOMPUTED)
-        ctx.layer, ctx.batch, ctx.recompute, ctx.parameters = layer, batch, recompute, parameters
+        ctx.layer, ctx.batch, ctx.recompute, ctx.trained = layer, batch, recompute, trained
+        ctx.attention = kept.attention
         ctx.save_for_backward(*kept.tensors())
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        kept = Kept(*ctx.saved_tensors)
+        kept = Kept(*ctx.saved_tensors, attention=ctx.attention)
         if ctx.recompute:
             rebuild(ctx.layer, ctx.batch, kept)
         dx, grads = backward(ctx.layer, ctx.batch, kept, ops.contiguous(dy), need_dx=ctx.needs_input_grad[3])
-        return None, None, None, dx, *(grads.get(p) for p in ctx.parameters)
+        return None, None, None, dx, *(grads.get(p) for p in ctx.trained)

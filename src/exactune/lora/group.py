@@ -39,6 +39,11 @@ class Roomy:
         self.all = torch.empty(rows, width + room, dtype=like.dtype, device=like.device)
         self.width = width
 
+    @classmethod
+    def shaped_as(cls, x: Tensor, room: int) -> Roomy:
+        """A buffer for an activation of the shape of x [N, width]."""
+        return cls(x.shape[0], x.shape[1], room, like=x)
+
     @property
     def data(self) -> Tensor:
         return self.all[:, : self.width]
@@ -128,12 +133,17 @@ class Group:
         weight, bias = buffer[: self.outputs].t(), self._bias(buffer.dtype)
         return x.all @ weight if bias is None else torch.addmm(bias, x.all, weight)
 
-    def backward_input(self, dy: Roomy, *, needed: bool = True) -> Tensor | None:
+    def backward_rank(self, dy: Roomy) -> None:
+        """Fill the room of dy [N, O] with P'."""
+        if self.rank:
+            torch.mm(dy.data, self.filled()[: self.outputs, self.inputs :], out=dy.room)
+
+    def backward_input(self, dy: Roomy) -> Tensor:
         """dx [N, I] of dy [N, O]; fills the room of `dy` with P'."""
         buffer = self.filled()
         if self.rank:
             torch.mm(dy.data, buffer[: self.outputs, self.inputs :], out=dy.room)
-        return dy.all @ buffer[:, : self.inputs] if needed else None
+        return dy.all @ buffer[:, : self.inputs]
 
     def record(
         self,
@@ -151,7 +161,9 @@ class Group:
         `da` [R, I] and `db` ([O_i, R_i] each) give P'ᵀ x and dyᵀ P where a kernel has summed them already (x may then be None).
         """
         if self.rank:
-            da = self._rank_first(p_dy, x) if da is None else da
+            if da is None:
+                assert x is not None
+                da = self._rank_first(p_dy, x)
             db = self._blocks(ops.rank_grad(p, dy).t()) if db is None else db
             rank = 0
             for projection, own in zip(self.projections, db):
@@ -161,6 +173,7 @@ class Group:
                     grads[b] = (own * projection.adapter.scale).to(b.dtype)
                     rank += a.shape[0]
         if self.trains_base:
+            assert x is not None
             self._record_base(grads, dy, x.formed() if isinstance(x, NormedInput) else x)
 
     @staticmethod

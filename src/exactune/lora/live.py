@@ -7,6 +7,7 @@ switching, disabling, merging and saving adapters stay PEFT's and take effect at
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class Adapter:
 class Projection:
     """A linear layer `x W^T + bias` (W 16/32-bit or bitsandbytes 4-bit) with at most one plain adapter on it."""
 
-    base: nn.Module
+    base: Any  # nn.Linear or bitsandbytes' Linear4bit
     adapter: Adapter | None
 
     @property
@@ -53,13 +54,13 @@ class Unreadable(Exception):
     """This projection must run its own forward; the message says why, in words for the report."""
 
 
-def is_nf4(module: nn.Module) -> bool:
+def is_nf4(module: Any) -> bool:
     """True for bitsandbytes' Linear4bit in the NF4 format, once its weight has been quantised."""
     state = getattr(getattr(module, "weight", None), "quant_state", None)
     return state is not None and state.quant_type == "nf4"
 
 
-def _check_base(base: nn.Module) -> None:
+def _check_base(base: Any) -> None:
     if is_nf4(base):
         return
     if type(base) is not nn.Linear:
@@ -68,7 +69,7 @@ def _check_base(base: nn.Module) -> None:
         raise Unreadable("hooks on a base layer")
 
 
-def read_projection(module: nn.Module) -> Projection:
+def read_projection(module: Any) -> Projection:
     """The projection that `module` (a linear layer, or PEFT's LoRA wrapper around one) computes now.
 
     Raises:

@@ -7,17 +7,25 @@ formula above this file can be held against the stock model in float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from exactune.device import kernels_run_on
+from exactune.device import has_triton, kernels_run_on
+from exactune.kernels import attention as attention_kernel
 from exactune.kernels import reference
+from exactune.kernels.attention_backends import Saved
+from exactune.kernels.reference import nf4 as reference_nf4
+from exactune.kernels.reference.rotary import rotary as reference_rotary
 
 if TYPE_CHECKING:
     from exactune.lora.live import Adapter
     from exactune.lora.parts import Attention, Batch, Norm
+
+if has_triton():  # the modules below import it; without it everything here runs on the reference
+    from exactune.kernels import adapter_slots, gated, gated_lora, nf4, rotary, rotary_norm
+    from exactune.kernels import rms_norm as rms_norm_kernel
 
 
 def capturing(device: torch.device) -> bool:
@@ -51,9 +59,7 @@ def _into(out: Tensor | None, y: Tensor) -> Tensor:
 def rms_norm_forward(x: Tensor, norm: Norm, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(y, 1/rms [N]) of x [N, E]."""
     if kernels_run_on(x.device):
-        from exactune.kernels import rms_norm
-
-        return rms_norm.rms_norm_forward(x, norm.weight, norm.eps, offset=norm.offset, cast=norm.cast, out=out)
+        return rms_norm_kernel.rms_norm_forward(x, norm.weight, norm.eps, offset=norm.offset, cast=norm.cast, out=out)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     y = reference.rms_norm(x, norm.weight, norm.eps, offset=norm.offset, cast=norm.cast)
     return _into(out, y), torch.rsqrt(wide.pow(2).mean(-1) + norm.eps)
@@ -62,9 +68,7 @@ def rms_norm_forward(x: Tensor, norm: Norm, out: Tensor | None = None) -> tuple[
 def add_rms_norm_forward(x: Tensor, residual: Tensor, norm: Norm, out: Tensor) -> tuple[Tensor, Tensor]:
     """(s = x + residual, 1/rms of s); norm(s) goes into `out`."""
     if kernels_run_on(x.device):
-        from exactune.kernels import rms_norm
-
-        s, _, rstd = rms_norm.add_rms_norm_forward(x, residual, norm.weight, norm.eps, offset=norm.offset, cast=norm.cast, out=out)
+        s, _, rstd = rms_norm_kernel.add_rms_norm_forward(x, residual, norm.weight, norm.eps, offset=norm.offset, cast=norm.cast, out=out)
         return s, rstd
     s = x + residual
     return s, rms_norm_forward(s, norm, out=out)[1]
@@ -76,9 +80,9 @@ def rms_norm_backward(
     """(dx [N, E] + dres, dweight [E] or None where the weight is frozen)."""
     weight, need_dw = norm.weight, norm.weight.requires_grad
     if kernels_run_on(x.device):
-        from exactune.kernels import rms_norm
-
-        return rms_norm.rms_norm_backward(dy, x, weight, rstd, offset=norm.offset, cast=norm.cast, dres=dres, need_dw=need_dw, out=out)
+        return rms_norm_kernel.rms_norm_backward(
+            dy, x, weight, rstd, offset=norm.offset, cast=norm.cast, dres=dres, need_dw=need_dw, out=out
+        )
     dx, dw = _vjp(lambda a, w: reference.rms_norm(a, w, norm.eps, offset=norm.offset, cast=norm.cast), (x, weight), (dy,))
     return _into(out, dx if dres is None else dx + dres), dw if need_dw else None
 
@@ -86,17 +90,13 @@ def rms_norm_backward(
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:
     """The norm of `x` [..., E] on its own, differentiable."""
     if kernels_run_on(x.device):
-        from exactune.kernels import rms_norm as kernel
-
-        return kernel.rms_norm(x, norm.weight, norm.eps, offset=norm.offset, cast=norm.cast)
+        return rms_norm_kernel.rms_norm(x, norm.weight, norm.eps, offset=norm.offset, cast=norm.cast)
     return reference.rms_norm(x, norm.weight, norm.eps, offset=norm.offset, cast=norm.cast)
 
 
 def gated_forward(gate: Tensor, up: Tensor, kind: str, out: Tensor) -> Tensor:
     """act(gate) * up, [N, F], into `out`."""
     if kernels_run_on(gate.device):
-        from exactune.kernels import gated
-
         return gated.gated_forward(gate, up, kind, out=out)
     return out.copy_(reference.gated(gate, up, kind))
 
@@ -104,8 +104,6 @@ def gated_forward(gate: Tensor, up: Tensor, kind: str, out: Tensor) -> Tensor:
 def gated_backward(dh: Tensor, gate: Tensor, up: Tensor, kind: str, *, dgate_out: Tensor, dup_out: Tensor, h_out: Tensor) -> None:
     """Gradients of `gated_forward` into `dgate_out` and `dup_out`, and its result once more into `h_out`."""
     if kernels_run_on(gate.device):
-        from exactune.kernels import gated
-
         gated.gated_backward(dh, gate, up, kind, dgate_out=dgate_out, dup_out=dup_out, h_out=h_out)
         return
     dgate, dup = _vjp(lambda g, u: reference.gated(g, u, kind), (gate, up), (dh,))
@@ -129,11 +127,10 @@ def gated_lora_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dA_down [R, F], dB_gate [F, Rg], dB_up [F, Ru]) before scaling; dgate and dup go into their outputs."""
     if kernels_run_on(gate.device):
-        from exactune.kernels import gated_lora
-
-        return gated_lora.gated_lora_backward(
+        _, _, da_down, db_gate, db_up = gated_lora.gated_lora_backward(
             dh, gate, up, kind, p_down=p_down, a_down=a_down, x_gate=x_gate, x_up=x_up, dgate_out=dgate_out, dup_out=dup_out
         )
+        return da_down, db_gate, db_up
     found = reference.gated_lora_backward(dh, gate, up, kind, p_down=p_down, a_down=a_down, x_gate=x_gate, x_up=x_up)
     dgate_out.copy_(found["dgate"])
     dup_out.copy_(found["dup"])
@@ -142,12 +139,10 @@ def gated_lora_backward(
 
 def fill_slots(buffer: Tensor, adapters: Sequence[Adapter | None], rows: Sequence[int], inputs: int) -> None:
     """Write each adapter into an extended weight: A under the weights, scale * B beside them (see `stacked`)."""
-    outputs = sum(rows)
-    if kernels_run_on(buffer.device):
-        from exactune.kernels import adapter_slots
-
-        adapter_slots.fill_adapter_slots(buffer, adapters, rows, inputs)
+    if kernels_run_on(buffer.device) and all(adapter is not None for adapter in adapters):
+        adapter_slots.fill_adapter_slots(buffer, [(a.a, a.b, a.scale) for a in adapters if a is not None], sum(rows), inputs)
         return
+    outputs = sum(rows)
     row = rank = 0
     with torch.no_grad():
         for adapter, size in zip(adapters, rows):
@@ -158,45 +153,33 @@ def fill_slots(buffer: Tensor, adapters: Sequence[Adapter | None], rows: Sequenc
             row += size
 
 
-def dequantise(weights: Sequence[Tensor], out: Tensor) -> None:
+def dequantise(weights: Sequence[Any], out: Tensor) -> None:
     """Unpack 4-bit `weights`, stacked along their rows, into `out` [O, I]."""
+    parts = out.split([weight.quant_state.shape[0] for weight in weights])
     if kernels_run_on(out.device):
-        from exactune.kernels import nf4
-
-        nf4.dequantize_nf4_stacked(weights, out)
+        nf4.dequantize_nf4_into(weights, [w.quant_state for w in weights], parts)
         return
-    from bitsandbytes.functional import dequantize_4bit
-
-    row = 0
-    for weight in weights:
-        rows = weight.quant_state.shape[0]
-        out[row : row + rows] = dequantize_4bit(weight.data, weight.quant_state)
-        row += rows
+    for weight, part in zip(weights, parts):
+        part.copy_(reference_nf4.dequantize_nf4(weight, weight.quant_state, part.dtype))
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, style: str, norm: Norm | None) -> Tensor:
-    """x [B, T, heads, D], normed per head if `norm` is given, then rotated; cos and sin [B or 1, T, rotary_dim]."""
-    if norm is not None:
-        x = reference.rms_norm(x, norm.weight, norm.eps, offset=norm.offset, cast=norm.cast)
-    return reference.rotary(x, cos, sin, style=style)
+def _rotary_options(attention: Attention, batch: Batch) -> dict[str, Any]:
+    q_norm, k_norm = attention.q_norm, attention.k_norm
+    options: dict[str, Any] = {"style": attention.rotary_style, "rotary_dim": batch.cos.shape[-1]}
+    if q_norm is not None and k_norm is not None:
+        options |= {"q_norm_weight": q_norm.weight, "k_norm_weight": k_norm.weight, "eps": q_norm.eps, "offset": q_norm.offset}
+    return options
 
 
 def rotary_forward(q: Tensor, k: Tensor, batch: Batch, attention: Attention, *, q_out: Tensor, k_out: Tensor) -> None:
     """Rotate q [B, T, H, D] and k [B, T, K, D] (normed per head first, where the model does that) into `q_out` and `k_out`."""
-    style, q_norm, k_norm = attention.rotary_style, attention.q_norm, attention.k_norm
+    options = _rotary_options(attention, batch)
     if kernels_run_on(q.device):
-        from exactune.kernels import rotary
-
-        rotary.rotary_forward(q, k, batch.cos, batch.sin, style=style, q_out=q_out, k_out=k_out, **_head_norms(q_norm, k_norm))
+        rotary.rotary_forward(q, k, batch.cos, batch.sin, q_out=q_out, k_out=k_out, **options)
         return
-    q_out.copy_(_rotate(q, batch.cos, batch.sin, style, q_norm))
-    k_out.copy_(_rotate(k, batch.cos, batch.sin, style, k_norm))
-
-
-def _head_norms(q_norm: Norm | None, k_norm: Norm | None) -> dict:
-    if q_norm is None or k_norm is None:
-        return {}
-    return {"q_norm_weight": q_norm.weight, "k_norm_weight": k_norm.weight, "eps": q_norm.eps, "offset": q_norm.offset, "cast": q_norm.cast}
+    rotated = reference_rotary(q, k, batch.cos, batch.sin, **options)
+    q_out.copy_(rotated[0])
+    k_out.copy_(rotated[1])
 
 
 def rotary_backward(
@@ -204,52 +187,35 @@ def rotary_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dq, dk, dv of attention taken back through the rotation (and the norms of the raw q, k) into `out` [N, (H+2K)D].
 
-    Returns the gradients of the norms' weights, or None where there are no norms.
+    Returns the gradients of the norms' weights, or None where there are no norms or they are frozen.
     """
-    style, q_norm, k_norm = attention.rotary_style, attention.q_norm, attention.k_norm
     if kernels_run_on(q.device):
-        from exactune.kernels import rotary
+        options = _rotary_options(attention, batch)
+        if attention.q_norm is None:
+            rotary.rotary_backward(dq, dk, batch.cos, batch.sin, dv=dv, out=out, **options)
+            return None, None
+        need_dw = attention.q_norm.weight.requires_grad
+        *_, dwq, dwk = rotary_norm.rotary_norm_backward(dq, dk, q, k, batch.cos, batch.sin, dv=dv, out=out, need_dw=need_dw, **options)
+        return dwq, dwk
+    norms = [n for n in (attention.q_norm, attention.k_norm) if n is not None]
 
-        raw = {"q": q, "k": k, **_head_norms(q_norm, k_norm)} if q_norm is not None else {}
-        return rotary.rotary_backward(dq, dk, dv, batch.cos, batch.sin, style=style, out=out, **raw)
-    parts, dws = [], []
-    for d, x, norm in ((dq, q, q_norm), (dk, k, k_norm)):
-        if norm is None:
-            dx = _vjp(lambda t: reference.rotary(t, batch.cos, batch.sin, style=style), (torch.zeros_like(d),), (d,))
-            dws.append(None)
-        else:
-            wrapped = lambda t, w, n=norm: reference.rotary(  # noqa: E731
-                reference.rms_norm(t, w, n.eps, offset=n.offset, cast=n.cast), batch.cos, batch.sin, style=style
-            )
-            dx = _vjp(wrapped, (x, norm.weight), (d,))
-            dws.append(dx[1])
-        parts.append(dx[0].flatten(2))
-    out.copy_(torch.cat([*parts, dv.flatten(2)], dim=-1).flatten(0, 1))
-    return tuple(dws)
+    def turned(q: Tensor, k: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        options = _rotary_options(attention, batch)
+        return reference_rotary(q, k, batch.cos, batch.sin, **options | dict(zip(("q_norm_weight", "k_norm_weight"), weights)))
+
+    dq, dk, *dws = _vjp(turned, (q, k, *(norm.weight for norm in norms)), (dq, dk))
+    out.copy_(torch.cat([dq, dk, dv], dim=2).flatten(2).flatten(0, 1))
+    return (dws[0], dws[1]) if dws else (None, None)
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, attention: Attention, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(softmax attention [B, T, H, D], log-sum-exp) of q [B, T, H, D] and k, v [B, T, K, D], causal within each row."""
-    from exactune.kernels import attention as kernel
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, attention: Attention, batch: Batch) -> Saved:
+    """Softmax attention of q [B, T, H, D] and k, v [B, T, K, D], causal within each row: its output and what its backward needs."""
+    return attention_kernel.attention_forward(
+        q, k, v, scale=attention.scale, window=attention.window, softcap=attention.softcap,
+        cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, deterministic=batch.deterministic,
+    )[1]  # fmt: skip
 
-    return kernel.attention_forward(q, k, v, **_attention_options(attention, batch))
 
-
-def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, attention: Attention, batch: Batch
-) -> tuple[Tensor, Tensor, Tensor]:
+def attention_backward(dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
     """(dq, dk, dv) in the shapes of q, k and v."""
-    from exactune.kernels import attention as kernel
-
-    return kernel.attention_backward(dout, q, k, v, out, lse, **_attention_options(attention, batch))
-
-
-def _attention_options(attention: Attention, batch: Batch) -> dict:
-    return {
-        "scale": attention.scale,
-        "window": attention.window,
-        "softcap": attention.softcap,
-        "cu_seqlens": batch.cu_seqlens,
-        "max_seqlen": batch.max_seqlen,
-        "deterministic": batch.deterministic,
-    }
+    return attention_kernel.attention_backward(dout, saved)

@@ -9,10 +9,12 @@ The layer computed is (sandwich norms only where the model has them):
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from exactune.kernels.reference.norm import NormCast
 from exactune.lora.group import Group
 
 
@@ -23,10 +25,10 @@ class Norm:
     `cast` names where the stock module rounds: "llama" before the weight, "gemma" after it.
     """
 
-    module: nn.Module
+    module: Any
     eps: float
     offset: float = 0.0
-    cast: str = "llama"
+    cast: NormCast = "llama"
 
     @property
     def weight(self) -> Tensor:

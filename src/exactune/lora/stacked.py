@@ -79,7 +79,7 @@ class StackedWeight:
             return False
         if any(p.quantised != self.quantised for p in projections):
             return False
-        if self.quantised:
+        if self._home is None:
             return True
         start = self._home.data_ptr()
         step = self._home.stride(0) * self._home.element_size()

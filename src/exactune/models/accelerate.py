@@ -19,6 +19,7 @@ from exactune.lora.stacked import Scratch
 from exactune.models.anatomy import Unrecognised, base_of, read_layer, read_norm
 from exactune.models.causal_loss import CausalForward, Head, rename_trl_request
 from exactune.models.fused_layer import FusedLayer, Shared, stock_mask
+from exactune.models.notes import bind, unbind
 from exactune.models.verify import Proof, prove
 
 
@@ -52,7 +53,7 @@ class Acceleration:
     shared: Shared
     scratch: Scratch
     layers: list[FusedLayer] = field(default_factory=list)
-    forwards: list[nn.Module] = field(default_factory=list)  # modules with a `forward` of ours
+    forwards: list[Any] = field(default_factory=list)  # modules with a `forward` of ours
     hooks: list[Any] = field(default_factory=list)
     head: CausalForward | None = None
 
@@ -60,12 +61,12 @@ class Acceleration:
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, Acceleration] = weakref.WeakKeyDictionary()
 
 
-def base_model(model: nn.Module) -> nn.Module:
+def base_model(model: Any) -> Any:
     """The transformers model under PEFT's wrappers, or `model` itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def accelerate(model: nn.Module, *, verify: bool = True, deterministic: bool = False) -> Report:
+def accelerate(model: Any, *, verify: bool = True, deterministic: bool = False) -> Report:
     """Swap the fast parts into `model`, a causal language model of transformers, with or without PEFT adapters.
 
     One layer of each distinct signature is compared with its stock form, in outputs and gradients (`verify=False` skips
@@ -103,28 +104,30 @@ def accelerate(model: nn.Module, *, verify: bool = True, deterministic: bool = F
     report.fused_layers = len(fused)
     report.fused_norms += sum(len(layer.parts.norms()) for layer in fused)
     report.norms = report.fused_norms + sum(_norms_in(m) for m in decoder.layers if not isinstance(m.__dict__.get("forward"), FusedLayer))
+    shared.stock_calls.clear()  # the proofs' own passes do not count
     _ACTIVE[base] = state
     return report
 
 
-def report_of(model: nn.Module) -> Report | None:
+def report_of(model: Any) -> Report | None:
     """The report of the acceleration that is on `model`, or None for a stock model."""
     state = _ACTIVE.get(base_model(model))
     return state.report if state else None
 
 
-def undo(model: nn.Module) -> None:
+def undo(model: Any) -> None:
     """Give `model` its stock parts and weight storage back, bit for bit; nothing happens to a stock model."""
     state = _ACTIVE.pop(base_model(model), None)
     if state is not None:
         _take_back(base_model(model), state)
 
 
-def _take_back(base: nn.Module, state: Acceleration) -> None:
+def _take_back(base: Any, state: Acceleration) -> None:
     for module in state.forwards:
         module.__dict__.pop("forward", None)
     for hook in state.hooks:
         hook.remove()
+    unbind(base, "save_pretrained")
     if state.head is not None:
         state.head.active = False  # a trainer may hold it inside a wrapper of its own
         if base.__dict__.get("forward") is state.head:
@@ -137,11 +140,18 @@ def _take_back(base: nn.Module, state: Acceleration) -> None:
     state.scratch.clear()
 
 
-def _norms_in(layer: nn.Module) -> int:
+def _save_pretrained(base: Any, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
+    """transformers' `save_pretrained`, given whole tensors where the model's weights are views of the buffers that the fused layers use."""
+    if state_dict is None:
+        state_dict = {name: t if t.is_contiguous() else t.cpu().contiguous() for name, t in base.state_dict().items()}
+    return type(base).save_pretrained(base, save_directory, *args, state_dict=state_dict, **kwargs)
+
+
+def _norms_in(layer: Any) -> int:
     return sum(1 for m in layer.modules() if getattr(m, "weight", None) is not None and m.weight.dim() == 1)
 
 
-def layer_call(decoder: nn.Module, config: Any, layer: nn.Module) -> Callable[[Callable[..., Any], Tensor], Tensor]:
+def layer_call(decoder: Any, config: Any, layer: Any) -> Callable[[Callable[..., Any], Tensor], Tensor]:
     """How this model calls its layers: `call(forward, x)` for x [1, T, E] with the positions and mask of one plain row."""
     attention = next((c for c in layer.children() if hasattr(c, "o_proj")), layer)
     window = getattr(attention, "sliding_window", None) if hasattr(attention, "sliding_window") else getattr(config, "sliding_window", None)
@@ -161,12 +171,12 @@ def layer_call(decoder: nn.Module, config: Any, layer: nn.Module) -> Callable[[C
     return call
 
 
-def compute_dtype(layer: nn.Module) -> torch.dtype:
+def compute_dtype(layer: Any) -> torch.dtype:
     """The dtype that a layer's activations have: that of its norms, which are never quantised."""
     return next(m.weight.dtype for m in layer.modules() if getattr(m, "weight", None) is not None and m.weight.dim() == 1)
 
 
-def _read_layers(decoder: nn.Module, config: Any, scratch: Scratch, shared: Shared, report: Report) -> list[FusedLayer]:
+def _read_layers(decoder: Any, config: Any, scratch: Scratch, shared: Shared, report: Report) -> list[FusedLayer]:
     found = []
     for layer in decoder.layers:
         weight = next(layer.parameters())
@@ -199,13 +209,13 @@ def signature(layer: FusedLayer) -> tuple:
     return norms, linears, shape
 
 
-def _linear_signature(module: nn.Module) -> tuple:
+def _linear_signature(module: Any) -> tuple:
     base = base_of(module)
     adapters = tuple((name, tuple(a.weight.shape), a.weight.dtype) for name, a in getattr(module, "lora_A", {}).items())
     return base.in_features, base.out_features, base.weight.dtype, is_nf4(base), base.bias is not None, base.weight.requires_grad, adapters
 
 
-def _proven(layers: list[FusedLayer], decoder: nn.Module, config: Any, report: Report) -> list[FusedLayer]:
+def _proven(layers: list[FusedLayer], decoder: Any, config: Any, report: Report) -> list[FusedLayer]:
     """The layers whose signature passed; the rotary style that passes is theirs."""
     verdicts: dict[tuple, str | None] = {}
     kept = []
@@ -222,8 +232,8 @@ def _proven(layers: list[FusedLayer], decoder: nn.Module, config: Any, report: R
     return kept
 
 
-def _style_that_passes(layer: FusedLayer, decoder: nn.Module, config: Any, report: Report) -> str | None:
-    def fast_of(copy: nn.Module, style: str) -> Callable[..., Tensor]:
+def _style_that_passes(layer: FusedLayer, decoder: Any, config: Any, report: Report) -> str | None:
+    def fast_of(copy: Any, style: str) -> Callable[..., Tensor]:
         call = layer_call(decoder, config, copy)
         x = torch.zeros(1, 8, config.hidden_size, device=device, dtype=dtype)
         parts: Layer = read_layer(copy, config, Scratch(), lambda: call(copy, x))
@@ -250,7 +260,7 @@ def _style_that_passes(layer: FusedLayer, decoder: nn.Module, config: Any, repor
     return None
 
 
-def _install_final_norm(decoder: nn.Module, state: Acceleration) -> None:
+def _install_final_norm(decoder: Any, state: Acceleration) -> None:
     norm_module = getattr(decoder, "norm", None)
     if norm_module is None:
         return
@@ -264,7 +274,7 @@ def _install_final_norm(decoder: nn.Module, state: Acceleration) -> None:
     state.report.fused_norms += 1
 
 
-def _install_head(base: nn.Module, decoder: nn.Module, state: Acceleration) -> None:
+def _install_head(base: Any, decoder: Any, state: Acceleration) -> None:
     head = _read_head(base, decoder)
     if head is None:
         state.report.stock["a head that scales its logits in a way of its own"] += 1
@@ -274,11 +284,12 @@ def _install_head(base: nn.Module, decoder: nn.Module, state: Acceleration) -> N
     base.forward = forward
     state.head = forward
     state.hooks.append(base.register_forward_pre_hook(rename_trl_request, with_kwargs=True))
+    bind(base, save_pretrained=_save_pretrained)
     state.report.head = "fused"
 
 
 @torch.no_grad()
-def _read_head(base: nn.Module, decoder: nn.Module) -> Head | None:
+def _read_head(base: Any, decoder: Any) -> Head | None:
     """The head whose formula gives the stock model's own logits on a few tokens, or None."""
     config = base.config.get_text_config()
     hidden: list[Tensor] = []

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from exactune.kernels import reference
+from exactune.kernels.reference.norm import NormCast
 from exactune.lora.group import Group
 from exactune.lora.parts import Attention, Layer, Mlp, Norm
 from exactune.lora.stacked import Scratch
@@ -31,17 +32,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "geglu_erf": nn.functional.gelu,
 }
 
+NORM_FORMS: tuple[tuple[float, NormCast], ...] = ((0.0, "llama"), (1.0, "gemma"), (0.0, "gemma"), (1.0, "llama"))
+
 
 class Unrecognised(Exception):
     """A part that we have no fast form for; the message says what is unusual about it, in words for the report."""
 
 
-def base_of(projection: nn.Module) -> nn.Module:
+def base_of(projection: Any) -> Any:
     """The linear layer under an adapter, or the module itself."""
     return getattr(projection, "base_layer", projection)
 
 
-def read_norm(module: nn.Module) -> Norm:
+def read_norm(module: Any) -> Norm:
     """The RMS norm that `module` computes.
 
     Raises:
@@ -57,7 +60,7 @@ def read_norm(module: nn.Module) -> Norm:
     tolerance = 0.0 if weight.dtype.itemsize == 2 else 4 * torch.finfo(torch.float32).eps
     with torch.no_grad():
         stock = module(x)
-        for offset, cast in ((0.0, "llama"), (1.0, "gemma"), (0.0, "gemma"), (1.0, "llama")):
+        for offset, cast in NORM_FORMS:
             ours = reference.rms_norm(x, weight, eps, offset=offset, cast=cast)
             if ours.dtype == stock.dtype and torch.allclose(ours, stock, rtol=tolerance, atol=tolerance):
                 return Norm(module, eps, offset, cast)
@@ -79,14 +82,14 @@ def read_activation(module: Any) -> str:
     raise Unrecognised("an activation that we have no kernel for")
 
 
-def _child_with(module: nn.Module, *required: str) -> nn.Module | None:
+def _child_with(module: Any, *required: str) -> Any:
     for child in module.children():
         if all(hasattr(child, name) for name in required):
             return child
     return None
 
 
-def _projections(owner: nn.Module, separate: tuple[str, ...], fused: str) -> list[nn.Module]:
+def _projections(owner: Any, separate: tuple[str, ...], fused: str) -> list[Any]:
     if hasattr(owner, fused):
         return [getattr(owner, fused)]
     if all(hasattr(owner, name) for name in separate):
@@ -94,7 +97,7 @@ def _projections(owner: nn.Module, separate: tuple[str, ...], fused: str) -> lis
     raise Unrecognised(f"neither {', '.join(separate)} nor {fused}")
 
 
-def read_attention(module: nn.Module, config: Any, scratch: Scratch) -> Attention:
+def read_attention(module: Any, config: Any, scratch: Scratch) -> Attention:
     """The attention that `module` computes; its rotary style is settled by the proof.
 
     Raises:
@@ -127,7 +130,7 @@ def read_attention(module: nn.Module, config: Any, scratch: Scratch) -> Attentio
     )
 
 
-def _head_norm(module: nn.Module, name: str, head_dim: int) -> Norm | None:
+def _head_norm(module: Any, name: str, head_dim: int) -> Norm | None:
     norm = getattr(module, name, None)
     if norm is None:
         return None
@@ -137,7 +140,7 @@ def _head_norm(module: nn.Module, name: str, head_dim: int) -> Norm | None:
     return found
 
 
-def read_mlp(module: nn.Module, scratch: Scratch) -> Mlp:
+def read_mlp(module: Any, scratch: Scratch) -> Mlp:
     """The gated MLP that `module` computes.
 
     Raises:
@@ -153,9 +156,9 @@ def read_mlp(module: nn.Module, scratch: Scratch) -> Mlp:
     return Mlp(Group(gate_up, scratch), Group([down], scratch), read_activation(activation))
 
 
-def order_of(layer: nn.Module, run: Callable[[], Any]) -> list[nn.Module]:
+def order_of(layer: Any, run: Callable[[], Any]) -> list[Any]:
     """The direct children of `layer` in the order in which one pass of `run` calls them."""
-    called: list[nn.Module] = []
+    called: list[Any] = []
     hooks = [child.register_forward_pre_hook(lambda module, _: called.append(module)) for child in layer.children()]
     try:
         with torch.no_grad():
@@ -166,7 +169,7 @@ def order_of(layer: nn.Module, run: Callable[[], Any]) -> list[nn.Module]:
     return called
 
 
-def read_layer(layer: nn.Module, config: Any, scratch: Scratch, run: Callable[[], Any]) -> Layer:
+def read_layer(layer: Any, config: Any, scratch: Scratch, run: Callable[[], Any]) -> Layer:
     """The whole of a decoder layer, where it is the pre-norm (or sandwich-norm) residual pair that `parts.Layer` describes.
 
     `run` calls the layer's stock forward once, on anything.

@@ -68,7 +68,7 @@ class TokenLogProbs(CausalLMOutputWithPast):
 class Head:
     """The output projection as the config describes it: `softcap * tanh(scale * (h Wᵀ + b) / softcap)`."""
 
-    module: nn.Module
+    module: Any
     softcap: float | None
     scale: float
 
@@ -102,7 +102,7 @@ class Head:
 class CausalForward:
     """Replaces the `forward` of one causal language model instance."""
 
-    def __init__(self, model: nn.Module, decoder: nn.Module, head: Head, shared: Shared, layers: list[nn.Module], all_fused: bool):
+    def __init__(self, model: Any, decoder: Any, head: Head, shared: Shared, layers: list[Any], all_fused: bool):
         self.model, self.decoder, self.head = model, decoder, head
         self.shared, self.layers, self.all_fused = shared, layers, all_fused
         self.active = True
@@ -112,17 +112,18 @@ class CausalForward:
         self._take_over_checkpointing()
         try:
             options = self._fused_options(args, labels, kwargs, token_log_probs)
-            if options is None and token_log_probs:
+            if options is None and token_log_probs and labels is not None:
                 return self._stock_per_token(labels, **kwargs)
             if options is None:
                 stock = {"labels": labels} if labels is not None else {}
                 return type(self.model).forward(self.model, *args, **stock, **kwargs)
+            assert labels is not None
             return self._fused(labels, options, token_log_probs, **kwargs)
         finally:
             self.shared.release()
 
     def _take_over_checkpointing(self) -> None:
-        """Let the fused layers recompute by themselves: transformers' wrapper around each stands aside, the decoder's flag keeps the wish."""
+        """Let the fused layers recompute by themselves: transformers' wrapper around each stands aside."""
         wished = bool(getattr(self.decoder, "gradient_checkpointing", False))
         self.shared.recompute = wished
         for layer in self.layers:
@@ -161,7 +162,7 @@ class CausalForward:
             loss = linear_cross_entropy(flat, labels=shifted, num_items_in_batch=num_items, valid_rows=valid, **options)
         return CausalLMOutput(
             loss=loss,
-            logits=Deferred(lambda: self.head.logits(hidden)),
+            logits=Deferred(lambda: self.head.logits(hidden)),  # type: ignore[arg-type]
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             past_key_values=outputs.past_key_values,
@@ -223,7 +224,7 @@ def _only_right_padding(mask: Tensor, labels: Tensor) -> bool:
     return not bool(falls | trained)
 
 
-def rename_trl_request(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+def rename_trl_request(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook: `fused_lm_head=True`, with which TRL's trainers ask for log-probabilities, becomes `token_log_probs=True`."""
     if kwargs.pop("fused_lm_head", False):
         return args, {**kwargs, "token_log_probs": True}

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from exactune.lora.decoder_layer import DecoderLayerFunction, parameters
@@ -44,7 +44,7 @@ class Shared:
 class FusedLayer:
     """Replaces the `forward` of one decoder layer instance."""
 
-    def __init__(self, module: nn.Module, parts: Layer, shared: Shared, config: Any):
+    def __init__(self, module: Any, parts: Layer, shared: Shared, config: Any):
         self.module = module
         self.config = config
         self.parts = parts
@@ -117,5 +117,5 @@ def stock_mask(config: Any, window: int | None, x: Tensor, position_ids: Tensor 
     return build(config=config, inputs_embeds=x, attention_mask=None, past_key_values=None, position_ids=position_ids)
 
 
-def _stored_dtype(module: nn.Module) -> torch.dtype:
+def _stored_dtype(module: Any) -> torch.dtype:
     return getattr(module, "base_layer", module).weight.dtype

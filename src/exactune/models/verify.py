@@ -60,7 +60,7 @@ def wider(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float32 else torch.float32
 
 
-def randomise_adapters(module: nn.Module) -> None:
+def randomise_adapters(module: Any) -> None:
     """Give every LoRA tensor of `module` random values, so that both of its factors have a gradient to compare."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in module.named_parameters():
@@ -69,7 +69,7 @@ def randomise_adapters(module: nn.Module) -> None:
             parameter.data.copy_(values)
 
 
-def truth_of(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def truth_of(module: Any, dtype: torch.dtype) -> Any:
     """A copy of `module` that computes in the wider dtype, 4-bit weights unpacked first."""
     twin = copy.deepcopy(module)
     for name, child in list(twin.named_modules()):
@@ -84,9 +84,7 @@ def truth_of(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return twin.to(wider(dtype))
 
 
-def run(
-    forward: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, dy: Tensor, context: AbstractContextManager
-) -> dict[str, Tensor]:
+def run(forward: Callable[[Tensor], Tensor], module: Any, x: Tensor, dy: Tensor, context: AbstractContextManager) -> dict[str, Tensor]:
     """The output, the input's gradient and every trained parameter's gradient of one pass."""
     x = x.detach().requires_grad_()
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -116,7 +114,7 @@ def _error(value: Tensor, truth: Tensor) -> float:
 
 
 def prove(
-    layer: nn.Module,
+    layer: Any,
     fast_of: Callable[[nn.Module], Callable[..., Any]],
     call: Callable[[Callable[..., Any], Tensor], Any],
     width: int,

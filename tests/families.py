@@ -1,0 +1,71 @@
+"""Tiny random models of the shapes that whole-layer fusion knows, for tests of acceleration; every norm and adapter has random values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+BASE = {
+    "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 16},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 16, "attn_implementation": "eager"},  # sdpa has no softcap
+    "phi3": {},
+}
+FAMILIES = tuple(OVERRIDES)
+
+
+def tiny_model(family: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> Any:
+    """A random causal language model of `family` in `dtype`, the same at every call."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {"attn_implementation": "sdpa", **BASE, **OVERRIDES[family], **overrides}
+    attention = settings.pop("attn_implementation")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), attn_implementation=attention).to(dtype)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 0.5, 0.3)
+    return model
+
+
+def with_lora(model: Any, **config: Any) -> Any:
+    """`model` with random LoRA adapters (float32 masters of 16-bit weights, else the model's dtype) on every linear layer."""
+    dtype = next(model.parameters()).dtype
+    peft = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **config}))
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.nn.init.normal_(parameter.data.to(torch.promote_types(dtype, torch.float32)), 0, 0.1)
+    return peft.train()
+
+
+def random_batch(rows: int = 2, tokens: int = 50, vocabulary: int = 150) -> dict[str, torch.Tensor]:
+    """Random ids, and labels with a masked prompt in the first row."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, vocabulary, (rows, tokens), generator=generator)
+    labels = ids.clone()
+    labels[0, :7] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def loss_and_grads(model: Any, **inputs: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of one pass and the gradient of every trained parameter."""
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest relative difference between two sets of gradients."""
+    assert a.keys() == b.keys()
+    return max(((a[name] - b[name]).norm() / b[name].norm()).item() for name in b)

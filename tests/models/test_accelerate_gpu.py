@@ -1,0 +1,154 @@
+"""Acceleration on a GPU, through the kernels: whole models against the stock model in a wider dtype, and training that stays with it."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from exactune.models.accelerate import accelerate, undo
+from exactune.models.verify import truth_of
+from families import FAMILIES, loss_and_grads, random_batch, tiny_model, with_lora
+
+pytestmark = pytest.mark.gpu
+
+RATIO = 1.1  # the accelerated model may be this much further from the truth than the stock model is
+SHAPE = {
+    "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000,
+    "max_position_embeddings": 1024,
+}  # fmt: skip
+
+
+def gpu_model(family, dtype, **overrides):
+    window = {"sliding_window": 128} if family in ("mistral", "gemma2") else {}
+    return tiny_model(family, dtype, **{**SHAPE, **window, **overrides}).cuda()
+
+
+def gpu_batch(rows=3, tokens=333):
+    return {name: t.cuda() for name, t in random_batch(rows, tokens, 1000).items()}
+
+
+def run(model, batch, dtype):
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        return loss_and_grads(model, **batch)
+
+
+def relative_error(grads, truth):
+    """‖g - truth‖ / ‖truth‖ over all gradients together, each scaled to the size of its own truth."""
+    errors = [((grads[n].double() - truth[n].double()).norm() / truth[n].double().norm()).item() for n in truth]
+    return math.sqrt(sum(e * e for e in errors) / len(errors))
+
+
+def assert_no_further_than_stock(model, dtype, batch):
+    twin = truth_of(model, dtype)
+    truth = loss_and_grads(twin, **batch)
+    stock = run(model, batch, dtype)
+    report = accelerate(model)
+    fast = run(model, batch, dtype)
+    again = run(model, batch, dtype)
+    assert not report.stock_calls, report.summary()
+    assert report.fused_layers == report.layers, report.summary()
+    assert report.head == "fused"
+    floor = 8 * torch.finfo(torch.float32).eps
+    assert abs(fast[0] - truth[0]) <= RATIO * abs(stock[0] - truth[0]) + floor * abs(truth[0]) + torch.finfo(dtype).eps * 0.05
+    assert relative_error(fast[1], truth[1]) <= RATIO * relative_error(stock[1], truth[1]) + floor
+    assert fast[0] == again[0]
+    assert all(torch.equal(fast[1][n], again[1][n]) for n in fast[1]), "not the same bits twice"
+    return report
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_step(family, dtype):
+    assert_no_further_than_stock(with_lora(gpu_model(family, dtype)), dtype, gpu_batch())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
+def test_full_fine_tuning_step(family):
+    assert_no_further_than_stock(gpu_model(family, torch.bfloat16).train(), torch.bfloat16, gpu_batch())
+
+
+@pytest.mark.parametrize("rank", [1, 64, 256])
+def test_ranks(rank):
+    model = with_lora(gpu_model("llama", torch.bfloat16), r=rank, lora_alpha=rank)
+    assert_no_further_than_stock(model, torch.bfloat16, gpu_batch())
+
+
+def nf4_model(tmp_path, family="llama"):
+    pytest.importorskip("bitsandbytes", reason="4-bit weights are bitsandbytes'")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    gpu_model(family, torch.bfloat16).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    return AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16, device_map={"": 0})
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+def test_nf4_step(tmp_path, family):
+    assert_no_further_than_stock(with_lora(nf4_model(tmp_path, family)), torch.bfloat16, gpu_batch())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_fifty_steps_stay_with_the_stock_run(dtype):
+    """Every loss as close to stock sdpa as stock eager is, within the largest such distance of the run."""
+    start = with_lora(gpu_model("llama", dtype))
+    batches = [{k: v.roll(i, 1) for k, v in gpu_batch(2, 128).items()} for i in range(5)]
+
+    def losses(model):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        found = []
+        for i in range(50):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                loss = model(**batches[i % 5]).loss
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    eager, fast = copy.deepcopy(start), copy.deepcopy(start)
+    eager.get_base_model().set_attn_implementation("eager")
+    accelerate(fast)
+    reference, other, ours = losses(start), losses(eager), losses(fast)
+    spread = max(abs(a - b) for a, b in zip(reference, other))
+    assert max(abs(a - b) for a, b in zip(reference, ours)) <= 2 * spread + 1e-6
+    assert ours[-1] < ours[0] - 0.5, "nothing was learned"
+
+
+def test_packed_rows_equal_rows_alone():
+    model = with_lora(gpu_model("mistral", torch.bfloat16))
+    accelerate(model)
+    lengths = [100, 37, 256]
+    rows = [torch.randint(5, 1000, (1, n), device="cuda", generator=torch.Generator("cuda").manual_seed(n)) for n in lengths]
+    count = torch.tensor(sum(lengths) - len(lengths), device="cuda")
+    model.zero_grad()
+    alone = 0.0
+    for ids in rows:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, num_items_in_batch=count).loss
+        loss.backward()
+        alone += loss.item()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    ids = torch.cat(rows, 1)
+    labels = ids.clone()
+    cu = torch.tensor([0, 100, 137, 393], dtype=torch.int32, device="cuda")
+    labels[0, cu[:-1].long()] = -100
+    positions = torch.cat([torch.arange(n, device="cuda") for n in lengths])[None]
+    packed = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 256, "max_length_k": 256, "position_ids": positions}
+    together = run(model, {"input_ids": ids, "labels": labels, "num_items_in_batch": count, **packed}, torch.bfloat16)
+    assert abs(together[0].item() - alone) < 2e-3 * alone
+    assert relative_error(together[1], grads) < 0.02  # two bf16 runs with sums in another order
+
+
+def test_undo_is_bitwise():
+    model = with_lora(gpu_model("llama", torch.bfloat16))
+    batch = gpu_batch()
+    before = run(model, batch, torch.bfloat16)
+    accelerate(model)
+    run(model, batch, torch.bfloat16)
+    undo(model)
+    after = run(model, batch, torch.bfloat16)
+    assert before[0] == after[0]
+    assert all(torch.equal(before[1][n], after[1][n]) for n in before[1])
