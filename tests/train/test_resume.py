@@ -22,27 +22,38 @@ def losses(folder):
     return [{key: value for key, value in line.items() if key not in TIMED} for line in RunFolder(folder).read_metrics()]
 
 
+def scores(folder):
+    found = RunFolder(folder).read_json("scores.json")
+    return [found[when]["loss"] for when in ("before", "after")]
+
+
 def assert_same_run(one, other):
     assert losses(one) == losses(other)
     assert [line["step"] for line in losses(one)] == list(range(1, STEPS + 1))
+    assert scores(one) == scores(other)
     a, b = (load_file(Path(folder) / "adapter" / "adapter_model.safetensors") for folder in (one, other))
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
 
 
+@pytest.fixture
+def settings(settings, workspace):
+    """With held-out losses on the way: measuring must not move what training draws."""
+    return {**settings, "eval_dataset": str(workspace / "held_out.jsonl"), "generate_rows": 0, "eval_steps": 5}
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(workspace, tmp_path_factory):
-    """The run that nothing disturbs, and its settings."""
-    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    return folder
+def whole_run_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("whole") / "run"
 
 
 @pytest.fixture
-def whole_run(uninterrupted, settings):
-    if not uninterrupted.exists():
-        assert not train(TrainConfig(**{**settings, "output_dir": str(uninterrupted)})).interrupted
-    return uninterrupted
+def whole_run(whole_run_folder, settings):
+    """The folder of the run that nothing disturbs; it runs once."""
+    if not whole_run_folder.exists():
+        assert not train(TrainConfig(**{**settings, "output_dir": str(whole_run_folder)})).interrupted
+    return whole_run_folder
 
 
 def signal_at(step, signum, monkeypatch):
@@ -142,7 +153,7 @@ def test_resuming_with_other_settings_names_them(settings):
 def test_resuming_on_other_rows_is_refused(settings, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(Path(settings["dataset"]).read_text())
-    config = TrainConfig(**{**settings, "dataset": str(rows)})
+    config = TrainConfig(**{**settings, "dataset": str(rows), "eval_dataset": None})
     folder = RunFolder(settings["output_dir"])
     folder.create(config)
     folder.write_json("data.json", {"train": {"fingerprint": "another"}})

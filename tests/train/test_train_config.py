@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import yaml
 
@@ -101,3 +104,8 @@ def test_every_field_has_help_and_a_section():
 def test_settings_do_not_change_under_a_run():
     with pytest.raises(ValueError, match="frozen"):
         TrainConfig(**NEEDED).r = 3
+
+
+def test_the_settings_come_without_torch():
+    script = "import sys, exactune.train; exactune.train.TrainConfig; sys.exit(bool({'torch', 'transformers', 'trl'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0

@@ -75,6 +75,7 @@ class TrainConfig(BaseModel):
         "auto", "Recompute activations in the backward pass to save memory: auto, true or false.", "Training"
     )
     accelerate: bool = _field(True, "Use the fast exact parts where they prove equal to the stock model (GPU).", "Training")
+    deterministic: bool = _field(False, "Only attention kernels that give the same bits twice (GPU; slower).", "Training")
 
     per_device_eval_batch_size: int = _field(8, "Held-out rows in one forward pass.", "Evaluation", ge=1)
     eval_steps: int | None = _field(None, "Measure the held-out loss every so many updates, too.", "Evaluation", ge=1)

@@ -134,7 +134,7 @@ class Run:
             return "nothing: stock torch" + ("" if config.accelerate else " (accelerate is false)")
         from exactune.models.accelerate import accelerate
 
-        return accelerate(self.model).summary()
+        return accelerate(self.model, deterministic=config.deterministic).summary()
 
     def _trainer(self) -> Any:
         from exactune.train.arguments import trainer_arguments
@@ -197,6 +197,15 @@ class Run:
         finally:
             self.requests.in_steps = False
             self.progress.stop()
+        self._say_what_ran_stock()
+
+    def _say_what_ran_stock(self) -> None:
+        """Fast parts that met inputs they do not take, and handed them to the stock ones: never a silent fallback."""
+        from exactune.models.accelerate import report_of
+
+        report = report_of(self.model)
+        for reason, calls in report.stock_calls.items() if report else ():
+            self.console.print(f"{calls:,} calls ran the stock code: {reason}", soft_wrap=True)
 
     def _save(self, trainer: Any) -> Path:
         """The result under its name: `adapter/`, or `model/` for full fine-tuning."""
