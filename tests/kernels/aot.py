@@ -1,6 +1,6 @@
 """Compile every Triton kernel for every GPU we name, on a machine without one, and read registers and spills from ptxas.
 
-    python tests/kernels/aot.py [--json] [module]
+    python tests/kernels/aot.py [--json] [--targets 75,90] [module]
 
 A kernel takes part by a row in its module's `AOT` list (see `exactune.kernels.launch.Aot`). This runs as a process of its own because
 Triton decides at decoration whether a kernel is interpreted, and the test session decides for the interpreter.
@@ -77,11 +77,14 @@ def compile_one(row: Aot, target: int | str) -> Compiled:
     gpu = GPUTarget("cuda", target, 32) if nvidia else GPUTarget("hip", target, 64)
     names = row.fn.arg_names
     signature = {name: "constexpr" if name in row.constexprs else row.signature[name] for name in names}
-    # As at run time: allocations are aligned, and so are the row strides of real models.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*" or "stride" in name}
+    if target == 75:  # Turing has no bfloat16: nobody computes in it there
+        signature = {name: "*fp16" if kind == "*bf16" else kind for name, kind in signature.items()}
+    # As at run time for a real model: allocations, dimensions and strides are multiples of 16, which Triton notices and uses.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] in "*i"}
     source = ASTSource(fn=row.fn, signature=signature, constexprs=row.constexprs, attrs=aligned)
+    stages = row.num_stages if nvidia else min(row.num_stages, 2)  # as `launch.stages_for`
     try:
-        binary = triton.compile(source, target=gpu, options={"num_warps": row.num_warps, "num_stages": row.num_stages})
+        binary = triton.compile(source, target=gpu, options={"num_warps": row.num_warps, "num_stages": stages})
         registers, spill = ptxas_report(binary.asm["ptx"], target) if nvidia else (None, None)
     except Exception as error:
         message = f"{type(error).__name__}: {error}"[:500]
@@ -92,7 +95,7 @@ def compile_one(row: Aot, target: int | str) -> Compiled:
 def table(results: list[Compiled]) -> str:
     """One line a kernel: registers (and +spilled bytes) on each target; "!" marks more shared memory than the target has."""
     targets = list(dict.fromkeys(r.target for r in results))
-    cells = {(r.kernel, r.target): "failed" if r.error else _cell(r) for r in results}
+    cells = {(r.kernel, r.target): "failed" if r.error else _cell(r) for r in results}  # absent: not launched there
     lines = [f"{'registers (+spilled bytes)':<44}" + "".join(f"{t:>10}" for t in targets)]
     for kernel in dict.fromkeys(r.kernel for r in results):
         lines.append(f"{kernel:<44}" + "".join(f"{cells.get((kernel, t), ''):>10}" for t in targets))
@@ -107,9 +110,10 @@ def _cell(result: Compiled) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("module", nargs="?", default="", help="only the kernels of exactune.kernels.MODULE")
+    parser.add_argument("--targets", type=lambda text: [int(t) if t.isdigit() else t for t in text.split(",")], default=[*NVIDIA, *AMD])
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     args = parser.parse_args()
-    results = [compile_one(row, target) for row in rows(args.module) for target in (*NVIDIA, *AMD)]
+    results = [compile_one(row, t) for row in rows(args.module) for t in args.targets if not isinstance(t, int) or t >= row.min_arch]
     print(json.dumps([asdict(r) | {"fits": r.fits} for r in results]) if args.json else table(results))
     for result in results:
         if result.error:

@@ -51,6 +51,12 @@ def test_ranks_may_differ_or_be_missing(device, ranks):
     check(problem(35, 48, ranks), dtype=torch.float32, device=device)
 
 
+@pytest.mark.parametrize("ranks", [(16, 16, 16), (0, 8, 0)])
+def test_where_triton_has_no_tensor_cores(device, ranks, monkeypatch):
+    monkeypatch.setattr("exactune.kernels.gated_lora.tensor_cores", lambda x: False)
+    check(problem(35, 48, ranks), dtype=torch.float32, device=device)
+
+
 def test_dh_that_is_whole_already(device, dtype):
     """Without `a_down`, `p_down` still gives dA_down, and dh is taken as it is."""
     inputs = problem(70, 48)

@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from exactune.kernels.gated import gated_tile
-from exactune.kernels.launch import Aot, next_power_of_2, on_device, row_stride, signature_of
+from exactune.kernels.gated import gated_backward, gated_tile
+from exactune.kernels.launch import Aot, next_power_of_2, on_device, row_stride, signature_of, tensor_cores
 from exactune.kernels.reference.gated import GateKind
 
 PROGRAMS = 784  # aimed at: three waves of two programs on each of an H200's 132 multiprocessors; more would write more partial sums
@@ -186,6 +186,8 @@ def gated_lora_backward(
     dgate = torch.empty_like(gate, memory_format=torch.contiguous_format) if dgate_out is None else dgate_out
     dup = torch.empty_like(up, memory_format=torch.contiguous_format) if dup_out is None else dup_out
     ranks = [0 if t is None else t.shape[1] for t in (p_down, x_gate, x_up)]
+    if not tensor_cores(gate):
+        return _apart(dh0, gate, up, kind, p_down, a_down, x_gate, x_up, dgate, dup)
     tiles = tiles or tiles_for(max(ranks))
     if not N:
         return dgate, dup, *_split(torch.zeros(sum(ranks) * F, dtype=torch.float32, device=gate.device), ranks, F)
@@ -204,6 +206,22 @@ def gated_lora_backward(
                 partial, sums, F, *ranks, RUNS=runs, BLOCK_F=64, BLOCK_R=16, num_warps=4
             )
     return dgate, dup, *_split(sums, ranks, F)
+
+
+def _apart(
+    dh: Tensor, gate: Tensor, up: Tensor, kind: GateKind,
+    p_down: Tensor | None, a_down: Tensor | None, x_gate: Tensor | None, x_up: Tensor | None, dgate: Tensor, dup: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The same, one product at a time, for GPUs on which Triton has no tensor cores."""
+    dtype = gate.dtype
+    if p_down is not None and a_down is not None:
+        dh = torch.addmm(dh, p_down.to(dtype), a_down.to(dtype))
+    h = None if p_down is None else torch.empty(gate.shape, dtype=dtype, device=gate.device)
+    gated_backward(dh, gate, up, kind, dgate_out=dgate, dup_out=dup, h_out=h)
+    da_down = None if p_down is None or h is None else (p_down.to(dtype).t() @ h).float()
+    db_gate = None if x_gate is None else (dgate.t() @ x_gate.to(dtype)).float()
+    db_up = None if x_up is None else (dup.t() @ x_up.to(dtype)).float()
+    return dgate, dup, da_down, db_gate, db_up
 
 
 def _split(sums: Tensor, ranks: list[int], F: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -227,7 +245,15 @@ def _aot(rank: int, whole_dh: bool = False, dtype: str = "bf16") -> Aot:
     shape = {"KIND": "swiglu", "BLOCK_N": t.rows, "BLOCK_F": t.columns, "BLOCK_R": t.rank}
     if whole_dh:
         shape["a_ptr"] = None
-    return Aot(f"gated_lora_bwd r={rank}{' whole dh' if whole_dh else ''}", _gated_lora_bwd_kernel, signature, shape, t.warps, num_stages=2)
+    return Aot(
+        f"gated_lora_bwd r={rank}{' whole dh' if whole_dh else ''}",
+        _gated_lora_bwd_kernel,
+        signature,
+        shape,
+        t.warps,
+        num_stages=2,
+        min_arch=80,
+    )
 
 
 AOT = [_aot(rank, whole_dh) for rank in (16, 64, 256) for whole_dh in (False, True)] + [

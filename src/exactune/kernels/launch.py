@@ -26,6 +26,7 @@ class Aot:
     num_warps: int = 4
     num_stages: int = 3
     allowed_spill: int = field(default=64)  # bytes; a handful of spilled registers outside the loop costs nothing
+    min_arch: int = 75  # 80 for kernels built on `tl.dot`, which the hosts do not launch on Turing (see `tensor_cores`)
 
 
 def signature_of(pointers: str, integers: str = "", floats: str = "", *, dtype: str = "bf16", **others: str) -> dict[str, str]:
@@ -75,3 +76,15 @@ def multiprocessors(tensor: Tensor) -> int:
 def row_warps(block: int) -> int:
     """Warps for a kernel that keeps one row of `block` values in registers: about 16 values a thread."""
     return min(16, max(1, block // 512))
+
+
+def tensor_cores(tensor: Tensor) -> bool:
+    """True where Triton's dots run on tensor cores: Ampere and later, and AMD. On Turing it emulates them; cuBLAS is the kernel there."""
+    if not tensor.is_cuda or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(tensor.device)[0] >= 8
+
+
+def stages_for(stages: int) -> int:
+    """Software-pipeline depth: as asked on NVIDIA, where blocks are sized for it; two on AMD, which has 64 KiB of shared memory."""
+    return stages if torch.version.hip is None else min(stages, 2)
