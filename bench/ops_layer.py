@@ -87,9 +87,6 @@ def _gated(s: Shape) -> Iterator[Entry]:
 
     yield Entry("swiglu fwd", lambda: gated_forward(gate, up, "swiglu", h), lambda: reference.gated(gate, up, "swiglu"), 3 * one)
     yield Entry(
-        "geglu_tanh fwd", lambda: gated_forward(gate, up, "geglu_tanh", h), lambda: reference.gated(gate, up, "geglu_tanh"), 3 * one
-    )
-    yield Entry(
         "swiglu bwd (torch: fwd + bwd)",
         lambda: gated_backward(dh, gate, up, "swiglu", dgate_out=dgate, dup_out=dup),
         torch_backward,
@@ -124,16 +121,6 @@ def _gated_lora(s: Shape) -> Iterator[Entry]:
 
 
 def _tile_choices(rank: int) -> Iterator[Tiles]:
-    padded = tiles_for(rank).rank
-    for rows, columns, warps in (
-        (16, 64, 4),
-        (16, 64, 8),
-        (16, 128, 4),
-        (16, 128, 8),
-        (32, 64, 4),
-        (32, 64, 8),
-        (32, 128, 8),
-        (64, 64, 8),
-        (16, 256, 8),
-    ):
-        yield Tiles(rows, columns, padded, warps)
+    for rows, columns in ((16, 64), (16, 128), (16, 256), (32, 64), (32, 128), (64, 64)):
+        for warps in (4, 8):
+            yield Tiles(rows, columns, tiles_for(rank).rank, warps)
