@@ -134,7 +134,7 @@ def lowrank_project(x: Tensor, a: Tensor, out: Tensor | None = None, *, scale: f
     with on_device(x):
         _project_kernel[(blocks, runs)](
             x, a, target, x.stride(0), a.stride(0), target.stride(-2), N, R, K, k_each, target_scale,
-            BLOCK_N=block_n, BLOCK_R=rank, BLOCK_K=block_k, num_warps=4 if rank <= 64 else 8, num_stages=_stages(rank),
+            BLOCK_N=block_n, BLOCK_R=rank, BLOCK_K=block_k, num_warps=4 if rank <= 32 else 8, num_stages=_stages(rank),
         )  # fmt: skip
         if runs > 1:
             _sum_runs(target, out, (out.stride(0), 1), scale)
@@ -162,14 +162,14 @@ def lowrank_outer(p: Tensor, x: Tensor, *, scale: float = 1.0, transposed: bool 
         with on_device(x):
             _outer_kernel[(blocks, runs)](
                 part, x, partial, part.stride(0), x.stride(0), N, width, K, rows_each,
-                BLOCK_N=block_n, BLOCK_R=rank, BLOCK_K=128, num_warps=4 if rank <= 64 else 8, num_stages=_stages(rank),
+                BLOCK_N=block_n, BLOCK_R=rank, BLOCK_K=128, num_warps=4 if rank <= 32 else 8, num_stages=_stages(rank),
             )  # fmt: skip
             _sum_runs(partial, here, (R, 1) if transposed else (1, K), scale)
     return out
 
 
 def _aot(rank: int) -> list[Aot]:
-    warps, stages = 4 if rank <= 64 else 8, _stages(rank)
+    warps, stages = 4 if rank <= 32 else 8, _stages(rank)
     inner = 64 if rank <= 128 else 32
     project = signature_of("x_ptr a_ptr", "x_stride a_stride out_stride N R K k_each", "scale", out_ptr="*fp32")
     outer = signature_of("p_ptr x_ptr", "p_stride x_stride N R K rows_each", out_ptr="*fp32")
