@@ -35,12 +35,12 @@ def rotary(
     half = (rotary_dim or q.shape[-1]) // 2
     tokens = q.shape[:-2].numel()
     rows = torch.arange(tokens, device=q.device) % cos.shape[:-1].numel() if position_ids is None else position_ids.reshape(-1)
-    angles = [table.reshape(-1, table.shape[-1])[rows, :half].view(*q.shape[:-2], 1, half) for table in (cos, sin)]
+    cos, sin = (table.reshape(-1, table.shape[-1])[rows, :half].view(*q.shape[:-2], 1, half) for table in (cos, sin))
     if q_norm_weight is not None:
         q = rms_norm(q, q_norm_weight, eps, offset=offset, cast="gemma" if offset else "llama")
     if k_norm_weight is not None:
         k = rms_norm(k, k_norm_weight, eps, offset=offset, cast="gemma" if offset else "llama")
-    return _turn(q, *angles, style), _turn(k, *angles, style)
+    return _turn(q, cos, sin, style), _turn(k, cos, sin, style)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, style: RotaryStyle) -> Tensor:
