@@ -47,9 +47,9 @@ def gated_lora_backward(
     """
     dh = dh0 if p_down is None or a_down is None else dh0 + p_down @ a_down
     with torch.enable_grad():
-        leaves = [gate.detach().requires_grad_(), up.detach().requires_grad_()]
-        h = gated(*leaves, kind)
-    dgate, dup = torch.autograd.grad(h, leaves, dh)
+        gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+        h = gated(gate, up, kind)
+    dgate, dup = torch.autograd.grad(h, (gate, up), dh)
     results = {"dgate": dgate, "dup": dup}
     if p_down is not None:
         results["da_down"] = p_down.T @ h.detach()
