@@ -103,6 +103,20 @@ def staged(target: Path, *, keep: bool = False) -> Iterator[Path]:
             raise
 
 
+@contextlib.contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """Yield the path of the file to write; on success it becomes `target` in one step, an error removes it."""
+    partial = partial_path(target)
+    with writing(target):
+        try:
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
 def _make_durable(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)

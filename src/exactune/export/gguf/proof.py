@@ -1,0 +1,91 @@
+"""Is the file the model? Asked of llama.cpp: the same ids, the same stops, the same rendered conversations, the same logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exactune.errors import ArtefactError
+from exactune.export.gguf import engine
+from exactune.export.gguf.behaviour import agreement
+from exactune.export.gguf.vocabulary import stop_ids
+from exactune.export.template_guard import CONVERSATIONS, has_template, render
+from exactune.export.verify import SLACK, Agreement, compare, rounding_noise
+
+_NOT_NAMED = "Such a file is not given its name."
+
+
+def prove_file(
+    path: Path,
+    level: str,
+    model: Any,
+    tokenizer: Any,
+    generation: Any,
+    prompts: Sequence[Sequence[int]],
+    wanted: Sequence[torch.Tensor],
+    computable: Sequence[torch.Tensor],
+    weight_error: float,
+    activation_error: float,
+) -> tuple[Agreement, float, int]:
+    """Compare the file in llama.cpp with `model`; returns the agreement, its bound on the relative error, and the checks passed.
+
+    `wanted`: the model's logits on `prompts`; `computable`: the same as far as llama.cpp can compute them (see `rotation`).
+    `weight_error`: ||rounded - exact|| / ||exact|| of the file's weights.
+    `activation_error`: relative rounding of the activations in llama.cpp.
+
+    Raises:
+        ArtefactError: says which check failed.
+    """
+    context = max(64, *(len(ids) for ids in prompts))
+    with engine.opened(path, context=context) as loaded:
+        checks = prove_behaviour(loaded, tokenizer, generation)
+        found = engine.logits_of(loaded, prompts)
+    result, judged = compare(found, wanted), compare(found, computable)
+    computed_in = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    unit = math.sqrt(3 * weight_error**2 + activation_error**2 + (torch.finfo(computed_in).eps / 2) ** 2)
+    bound = SLACK * rounding_noise(model, prompts, wanted, unit)
+    if not judged.relative_error <= bound:
+        raise ArtefactError(
+            f"Logits in llama.cpp are off by {judged.relative_error:.3g} (relative; KL {judged.kl:.3g}), where rounding to {level} "
+            f"explains {bound:.3g}.",
+            _NOT_NAMED,
+        )
+    return result, bound, checks + 1
+
+
+def prove_behaviour(loaded: Any, tokenizer: Any, generation: Any) -> int:
+    """Ask that the loaded file encodes, stops and renders as `tokenizer` does; returns how many checks were equal.
+
+    Raises:
+        ArtefactError: says which did not.
+    """
+    checks, fault = agreement(loaded, tokenizer)
+    if fault:
+        raise ArtefactError(f"Tokenisation in llama.cpp differs: {fault}.", _NOT_NAMED)
+    for index in stop_ids(generation, tokenizer):
+        checks += 1
+        if not engine.is_stop(loaded, index):
+            token = tokenizer.convert_ids_to_tokens(index)
+            raise ArtefactError(f"llama.cpp would not stop at {token!r}, at which the model's generation ends.", _NOT_NAMED)
+    return checks + _same_template(loaded, tokenizer)
+
+
+def _same_template(loaded: Any, tokenizer: Any) -> int:
+    if not has_template(tokenizer):
+        return 0
+    if "tokenizer.chat_template" not in loaded.metadata:
+        raise ArtefactError("The file has no chat template, and the model has one.", _NOT_NAMED)
+    for name, conversation in CONVERSATIONS.items():
+        wanted = render(tokenizer, *conversation)
+        try:
+            found = engine.render(loaded, *conversation)
+        except Exception as error:  # a template refuses with whatever it likes; then the original has to refuse as well
+            found = f"<the template refuses: {error}>"
+        refused = wanted.startswith("<the template refuses") and found.startswith("<the template refuses")
+        if found != wanted and not refused:
+            raise ArtefactError(f"The file's chat template renders {name!r} as {found!r}, not {wanted!r}.", _NOT_NAMED)
+    return len(CONVERSATIONS)
