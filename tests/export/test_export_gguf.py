@@ -173,6 +173,38 @@ def test_vocabulary_and_names_cover_the_model():
     assert len(names) == len(set(names)) == len(model.state_dict())
 
 
+def sentencepiece_like(prepend_scheme):
+    """A small byte-fallback BPE, built as transformers builds Llama 2's, trained on this file."""
+    from pathlib import Path
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<unk>", "<s>", "</s>"]
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme, split=True)
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    raw_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=specials, show_progress=False)
+    backend.train_from_iterator(Path(__file__).read_text().splitlines(), trainer)
+    trained = json.loads(backend.to_str())
+    pieces = [*specials, *raw_bytes, *(p for p in trained["model"]["vocab"] if p not in specials)]
+    trained["model"]["vocab"] = {piece: index for index, piece in enumerate(pieces)}
+    trained["pre_tokenizer"]["split"] = False
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(trained)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize("prepend_scheme", ["first", "never"])
+def test_sentencepiece_tokenizer(tmp_path, prepend_scheme):
+    tok = sentencepiece_like(prepend_scheme)
+    model = tiny("llama", vocab_size=len(tok) + 5, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+    report = export_gguf(model, tok, tmp_path, quantization_method="f16")
+    assert report.pre_tokenizer == "default" and report.checks > 30
+    assert ("begins with a space" in "".join(report.notes)) is (prepend_scheme == "first")
+
+
 def test_missing_llama_cpp_is_one_sentence(monkeypatch):
     import sys
 

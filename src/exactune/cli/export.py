@@ -10,9 +10,7 @@ import typer
 
 def export(
     target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run folder, adapter folder or model folder.")],
-    gguf: Annotated[
-        list[str] | None, typer.Option("--gguf", metavar="LEVEL", help="f16, q8_0, q4_k_m, ...; give it once for each.")
-    ] = None,
+    gguf: Annotated[list[str] | None, typer.Option("--gguf", metavar="LEVEL", help="f16, q8_0, q4_k_m, ...; once for each.")] = None,
     to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="Folder to write into; left out, RUN_OR_MODEL/gguf.")] = None,
     imatrix: Annotated[
         Path | None, typer.Option("--imatrix", metavar="FILE", help="Text file, a sample a line, by which columns are weighed.")

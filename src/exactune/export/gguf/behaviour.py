@@ -5,6 +5,7 @@ A file that holds the vocabulary alone is loaded in llama.cpp under each name in
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,12 +76,36 @@ def agreement(model: Any, tokenizer: Any) -> tuple[int, str]:
 
 
 def test_strings(tokenizer: Any) -> list[tuple[str, bool]]:
-    """(text, with special tokens): the fixed strings, and every conversation of the guard as the template renders it."""
+    """(text, with special tokens): the fixed strings, words of the vocabulary itself, and the guard's conversations as rendered."""
     strings = [(text, special) for special in (False, True) for text in STRINGS if text]
+    strings += [(text, False) for text in _words(tokenizer)]
     if has_template(tokenizer):
         rendered = [render(tokenizer, *conversation) for conversation in CONVERSATIONS.values()]
         strings += [(text, False) for text in rendered if not text.startswith("<the template refuses")]
+    if swallows_leading_space(tokenizer):
+        strings = [(text, special) for text, special in strings if not text.startswith(" ")]
     return strings
+
+
+def swallows_leading_space(tokenizer: Any) -> bool:
+    """Whether a text's own leading space takes the place of the one that is put before every text; llama.cpp always puts one."""
+    return encode(tokenizer, " a", add_special_tokens=False) == encode(tokenizer, "a", add_special_tokens=False)
+
+
+def _words(tokenizer: Any) -> list[str]:
+    """Tokens from all over the vocabulary as text: some tokenizers take a known word whole, others only by its merges."""
+    size = len(tokenizer)
+    added = tokenizer.added_tokens_decoder
+    words = [tokenizer.decode([index]).strip() for index in range(0, size, max(1, size // 256)) if index not in added]
+    words = [word for word in words if word and "\ufffd" not in word]
+    return [" ".join(words[start : start + 32]) for start in range(0, len(words), 32)]
+
+
+def _likely_first(tokenizer: Any) -> list[str]:
+    """The pre-tokenizers, the one that the tokenizer's own pattern hints at first: only the order, since each is tried."""
+    pattern = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"])
+    likely = "llama-bpe" if "{1,3}" in pattern else "qwen2" if "N}" in pattern else "gpt-2"
+    return sorted(PRE_TOKENIZERS, key=lambda name: name != likely)
 
 
 def _candidates(vocabulary: Vocabulary, tokenizer: Any, name: str) -> Iterator[dict[str, Any]]:
@@ -92,7 +117,7 @@ def _candidates(vocabulary: Vocabulary, tokenizer: Any, name: str) -> Iterator[d
         "tokenizer.ggml.add_eos_token": bool(eos is not None and ids[-1] == eos),
     }
     if vocabulary.model == "gpt2":
-        for pre in PRE_TOKENIZERS:
+        for pre in _likely_first(tokenizer):
             yield {"tokenizer.ggml.pre": pre, **keys}
         return
     for prefix in (True, False):

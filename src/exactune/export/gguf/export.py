@@ -15,7 +15,7 @@ import torch
 from exactune.export import staging
 from exactune.export.active import weighted
 from exactune.export.gguf import engine, levels
-from exactune.export.gguf.behaviour import settle
+from exactune.export.gguf.behaviour import settle, swallows_leading_space
 from exactune.export.gguf.families import Family, family_of, ignored_window
 from exactune.export.gguf.importance import importance_of
 from exactune.export.gguf.modelfile import write_modelfile
@@ -142,7 +142,7 @@ def export_gguf(
         min(checks for _, checks in done.values()),
         written,
         time.perf_counter() - started,
-        plan.notes(),
+        plan.notes(tokenizer),
     )
 
 
@@ -169,11 +169,13 @@ class _Plan:
             behaviour = settle(vocabulary, tokenizer, getattr(job.base, "generation_config", None), Path(folder), name)
         return cls(job, family, ignored_window(config, family), listed, vocabulary, behaviour)
 
-    def notes(self) -> tuple[str, ...]:
+    def notes(self, tokenizer: Any) -> tuple[str, ...]:
         """Where llama.cpp is known to compute something else than the model."""
         found = []
         if self.window:
             found.append(f"llama.cpp has no sliding window for {self.family.arch}: beyond {self.window} tokens it attends to all")
+        if swallows_leading_space(tokenizer):
+            found.append("a text that begins with a space gets one more of them in llama.cpp")
         if differs(self.job.base.config.get_text_config()):
             found.append("llama.cpp rounds the ends of YaRN's ramp to whole dims: the numbers above include what that costs")
         return tuple(found)
