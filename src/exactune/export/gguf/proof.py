@@ -54,6 +54,12 @@ def prove_file(
             f"explains {bound:.3g}.",
             _NOT_NAMED,
         )
+    # at coarse levels the bound grows past what would be noticed: the file must at least know more than nothing
+    ignorant = compare([torch.zeros_like(logits) for logits in computable], computable).kl
+    if not judged.kl < ignorant:
+        raise ArtefactError(
+            f"At {level} the file knows no more than chance: KL {judged.kl:.3g}, of a blank one {ignorant:.3g}.", _NOT_NAMED
+        )
     return result, bound, checks + 1
 
 
