@@ -32,9 +32,9 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, **overrides: Any
     attention = settings.pop("attn_implementation")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), attn_implementation=attention).to(dtype)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, 0.5, 0.3)
+            torch.nn.init.normal_(parameter, *((0.0, 0.1) if name.endswith("bias") else (0.5, 0.3)))
     return model
 
 

@@ -211,14 +211,41 @@ def test_a_layer_with_another_formula_is_refused_and_left_stock():
 def test_a_layer_wired_differently_fails_its_proof():
     """Parts that look familiar, put together in another way: only the proof can tell."""
     model = with_lora(tiny_model("llama"))
-    layer = model.get_base_model().model.layers[0]
-    layer.self_attn.__class__ = type(
-        "Odd", (type(layer.self_attn),), {"forward": lambda self, *a, **k: (_forward(self, *a, **k)[0] * 0.99, None)}
-    )
-    _forward = type(layer.self_attn).__mro__[1].forward
+    attention = model.get_base_model().model.layers[0].self_attn
+
+    class Damped(type(attention)):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)[0] * 0.999, None
+
+    attention.__class__ = Damped
     report = assert_same_training_step(model, **random_batch())
     assert report.fused_layers == 1
     assert "a result that differs from the stock layer's" in report.stock
+
+
+def test_four_bit_weights_match_stock(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="4-bit weights are bitsandbytes'")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny_model("llama", torch.float32, hidden_size=128, intermediate_size=192).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"})
+    report = assert_same_training_step(with_lora(model), **random_batch())
+    assert report.fused_layers == 2
+
+
+def test_a_backward_inside_autocast_changes_nothing():
+    model = with_lora(tiny_model("llama", torch.bfloat16))
+    accelerate(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**random_batch()).loss
+        loss.backward()
+    inside = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    with torch.autocast("cpu", torch.bfloat16):
+        model.zero_grad()
+        loss = model(**random_batch()).loss
+    loss.backward()
+    assert all(torch.equal(inside[name], p.grad) for name, p in model.named_parameters() if p.grad is not None)
 
 
 def test_saving_an_accelerated_model_gives_the_same_weights(tmp_path):

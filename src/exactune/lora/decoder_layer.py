@@ -111,10 +111,24 @@ def _norm_backward(
     return dx
 
 
+def _with_room(layer: Layer, batch: Batch, dy: Tensor) -> Roomy:
+    """dy [N, E] with room behind it: the very buffer that the next layer's backward handed on, or a copy."""
+    handed, batch.handed = batch.handed, None
+    if handed is not None and handed.is_behind(dy) and handed.room.shape[1] == layer.mlp.down.rank:
+        return handed
+    room = Roomy.shaped_as(dy, layer.mlp.down.rank)
+    room.data.copy_(dy)
+    return room
+
+
 def backward(layer: Layer, batch: Batch, kept: Kept, dy: Tensor, *, need_dx: bool) -> tuple[Tensor | None, Grads]:
     """(dx [N, E], the gradient of each trained parameter) from dy [N, E]."""
     grads: Grads = {}
-    dm = dy if layer.post_mlp_norm is None else _norm_backward(layer.post_mlp_norm, dy, kept.m, kept.rstd_m, grads)
+    if layer.post_mlp_norm is None:
+        dm = _with_room(layer, batch, dy)
+    else:
+        dm = Roomy.shaped_as(dy, layer.mlp.down.rank)
+        _norm_backward(layer.post_mlp_norm, dy, kept.m, kept.rstd_m, grads, out=dm.data)
     dsn = mlp_part.backward(layer.mlp, layer.mlp_norm, kept, dm, grads)
 
     out = layer.attention.out
@@ -128,7 +142,10 @@ def backward(layer: Layer, batch: Batch, kept: Kept, dy: Tensor, *, need_dx: boo
     dxn = attention_part.backward(layer.attention, layer.input_norm, batch, kept, da, grads, need_dx=need_dx)
     if dxn is None:
         return None, grads
-    return _norm_backward(layer.input_norm, dxn, kept.x, kept.rstd_in, grads, dres=ds.data), grads
+    # The layer below will want room behind this: hand on the buffer itself, alive until that layer has looked at it.
+    batch.handed = dx = Roomy.shaped_as(kept.x, layer.mlp.down.rank)
+    _norm_backward(layer.input_norm, dxn, kept.x, kept.rstd_in, grads, dres=ds.data, out=dx.data)
+    return dx.data, grads
 
 
 def parameters(layer: Layer) -> list[Tensor]:
@@ -154,7 +171,8 @@ class DecoderLayerFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:
         kept = Kept(*ctx.saved_tensors, attention=ctx.attention)
-        if ctx.recompute:
-            rebuild(ctx.layer, ctx.batch, kept)
-        dx, grads = backward(ctx.layer, ctx.batch, kept, ops.contiguous(dy), need_dx=ctx.needs_input_grad[3])
+        with torch.autocast(dy.device.type, enabled=False):  # a backward inside an autocast block must not be cast a second time
+            if ctx.recompute:
+                rebuild(ctx.layer, ctx.batch, kept)
+            dx, grads = backward(ctx.layer, ctx.batch, kept, dy, need_dx=ctx.needs_input_grad[3])
         return None, None, None, dx, *(grads.get(p) for p in ctx.trained)

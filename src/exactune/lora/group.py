@@ -44,6 +44,10 @@ class Roomy:
         """A buffer for an activation of the shape of x [N, width]."""
         return cls(x.shape[0], x.shape[1], room, like=x)
 
+    def is_behind(self, x: Tensor) -> bool:
+        """True where x is this buffer's activation, and not a copy or another tensor."""
+        return x.data_ptr() == self.all.data_ptr() and x.shape == self.data.shape and x.stride() == self.all.stride()
+
     @property
     def data(self) -> Tensor:
         return self.all[:, : self.width]

@@ -2,10 +2,10 @@
 
 With g, u [N, F] from the stacked gate/up group, h = act(g) ∘ u and P = h A_downᵀ:
 
-    dh = dm W_down + P' A_down,  P' = dm (s·B_down)        dg, du = ∂h ∘ dh
+    dh = [dm | P'] [W_down ; A_down],  P' = dm (s·B_down)      dg, du = ∂h ∘ dh
     dA_down = P'ᵀ h      dB_gate = dgᵀ P_gate      dB_up = duᵀ P_up
 
-All of the right-hand products read or make the same [N, F] tiles, so one kernel computes them together, and h is never written.
+The products of the second line read or make the same [N, F] tiles, so one kernel computes them together, and h is never written.
 """
 
 from __future__ import annotations
@@ -47,27 +47,21 @@ def _activate(mlp: Mlp, gate_up: Tensor) -> Roomy:
     return h
 
 
-def backward(mlp: Mlp, norm: Norm, kept: Kept, dm: Tensor, grads: Grads) -> Tensor:
+def backward(mlp: Mlp, norm: Norm, kept: Kept, dm: Roomy, grads: Grads) -> Tensor:
     """dsn [N, E] from dm [N, E]; records the gradients of the MLP's parameters."""
-    dgu = Roomy(dm.shape[0], 2 * mlp.inner, mlp.gate_up.rank, like=dm)
-    # The down projection's backward is taken apart: its low-rank part joins inside the activation's kernel.
-    buffer = mlp.down.filled()
-    dh = dm @ buffer[: mlp.down.outputs, : mlp.inner]
-    p_dm = dm @ buffer[: mlp.down.outputs, mlp.inner :]  # [N, R]
-    a_down = buffer[mlp.down.outputs :, : mlp.inner]
+    dgu = Roomy(dm.all.shape[0], 2 * mlp.inner, mlp.gate_up.rank, like=dm.all)
+    dh = mlp.down.backward_input(dm)
     if mlp.down.rank and mlp.gate_up.rank and not mlp.down.trains_base:
-        db = _activation_backward_with_adapters(mlp, kept, dh, dm, p_dm, a_down, dgu, grads)
+        db = _activation_backward_with_adapters(mlp, kept, dh, dm, dgu, grads)
     else:
         db = None
-        _activation_backward(mlp, kept, dh, dm, p_dm, a_down, dgu, grads)
+        _activation_backward(mlp, kept, dh, dm, dgu, grads)
     dsn = mlp.gate_up.backward_input(dgu)
     mlp.gate_up.record(grads, dgu.data, kept.p_gate_up, dgu.room, NormedInput(kept.s, kept.rstd_mlp, norm), db=db)
     return dsn
 
 
-def _activation_backward_with_adapters(
-    mlp: Mlp, kept: Kept, dh: Tensor, dm: Tensor, p_dm: Tensor, a_down: Tensor, dgu: Roomy, grads: Grads
-) -> list[Tensor]:
+def _activation_backward_with_adapters(mlp: Mlp, kept: Kept, dh: Tensor, dm: Roomy, dgu: Roomy, grads: Grads) -> list[Tensor]:
     """Fill `dgu`; record down's adapter; return dyᵀ P of the gate/up group's projections."""
     gate, up = _halves(mlp, kept.gate_up)
     dgate, dup = _halves(mlp, dgu.data)
@@ -76,18 +70,16 @@ def _activation_backward_with_adapters(
     p_gate = kept.p_gate_up[:, : ranks[0]]
     p_up = kept.p_gate_up[:, ranks[0] : sum(ranks)] if split else p_gate
     da_down, db_gate, db_up = ops.gated_lora_backward(
-        dh, gate, up, mlp.activation, p_down=p_dm, a_down=a_down, x_gate=p_gate, x_up=p_up, dgate_out=dgate, dup_out=dup
+        dh, gate, up, mlp.activation, p_down=dm.room, x_gate=p_gate, x_up=p_up, dgate_out=dgate, dup_out=dup
     )
-    mlp.down.record(grads, dm, kept.p_down, p_dm, None, da=da_down)
+    mlp.down.record(grads, dm.data, kept.p_down, dm.room, None, da=da_down)
     return [db_gate, db_up] if split else [torch.cat([db_gate, db_up])]
 
 
-def _activation_backward(mlp: Mlp, kept: Kept, dh: Tensor, dm: Tensor, p_dm: Tensor, a_down: Tensor, dgu: Roomy, grads: Grads) -> None:
+def _activation_backward(mlp: Mlp, kept: Kept, dh: Tensor, dm: Roomy, dgu: Roomy, grads: Grads) -> None:
     """The same one product at a time, for a group without adapters or with trained base weights."""
     gate, up = _halves(mlp, kept.gate_up)
     dgate, dup = _halves(mlp, dgu.data)
-    if mlp.down.rank:
-        dh.addmm_(p_dm, a_down)
     h = torch.empty_like(dh)
     ops.gated_backward(dh, gate, up, mlp.activation, dgate_out=dgate, dup_out=dup, h_out=h)
-    mlp.down.record(grads, dm, kept.p_down, p_dm, h)
+    mlp.down.record(grads, dm.data, kept.p_down, dm.room, h)

@@ -33,10 +33,6 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def contiguous(x: Tensor) -> Tensor:
-    return x if x.is_contiguous() else x.contiguous()
-
-
 def _vjp(fn: Callable, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Gradients of `fn(*inputs)` for the upstream `grads`."""
     with torch.enable_grad():
@@ -119,19 +115,18 @@ def gated_lora_backward(
     kind: str,
     *,
     p_down: Tensor,
-    a_down: Tensor,
     x_gate: Tensor,
     x_up: Tensor,
     dgate_out: Tensor,
     dup_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dA_down [R, F], dB_gate [F, Rg], dB_up [F, Ru]) before scaling; dgate and dup go into their outputs."""
+    """(dA_down [R, F], dB_gate [F, Rg], dB_up [F, Ru]) before scaling, from the whole of dh; dgate and dup go into their outputs."""
     if kernels_run_on(gate.device):
         _, _, da_down, db_gate, db_up = gated_lora.gated_lora_backward(
-            dh, gate, up, kind, p_down=p_down, a_down=a_down, x_gate=x_gate, x_up=x_up, dgate_out=dgate_out, dup_out=dup_out
+            dh, gate, up, kind, p_down=p_down, x_gate=x_gate, x_up=x_up, dgate_out=dgate_out, dup_out=dup_out
         )
         return da_down, db_gate, db_up
-    found = reference.gated_lora_backward(dh, gate, up, kind, p_down=p_down, a_down=a_down, x_gate=x_gate, x_up=x_up)
+    found = reference.gated_lora_backward(dh, gate, up, kind, p_down=p_down, x_gate=x_gate, x_up=x_up)
     dgate_out.copy_(found["dgate"])
     dup_out.copy_(found["dup"])
     return found["da_down"], found["db_gate"], found["db_up"]

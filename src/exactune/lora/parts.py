@@ -8,14 +8,14 @@ The layer computed is (sandwich norms only where the model has them):
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from exactune.kernels.reference.norm import NormCast
-from exactune.lora.group import Group
+from exactune.lora.group import Group, Roomy
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Batch:
     cu_seqlens: Tensor | None = None
     max_seqlen: int | None = None
     deterministic: bool = False
-    extra: dict = field(default_factory=dict)
+    handed: Roomy | None = None  # the gradient that one layer's backward passes to the next, in its buffer with room
 
     @property
     def n(self) -> int:

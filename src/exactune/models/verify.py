@@ -1,17 +1,22 @@
 """Proof before use: a fast part is installed only after it has matched the stock part on this instance.
 
-A copy of the stock layer, with random adapters in place of the zeros that adapters start from, runs in the model's own dtype and
-quantisation; a second copy, with its 4-bit weights unpacked, runs in the next wider dtype and is the truth. The fast form of the
-first copy must be no further from the truth than the stock form is, in the output and in every gradient:
+A copy of the stock layer gets random adapters in place of the zeros that adapters start from, and a second copy, its 4-bit weights
+unpacked, computes in the next wider dtype: that is the truth. Two things are then asked of the output and of every gradient:
 
-    err(fast) <= RATIO * err(stock) + FLOOR            err(x) = ||x - truth|| / ||truth||
+    the formula     the fast form of the wider copy agrees with the truth: ||fast - truth|| <= FORMULA * ||truth||
+    the rounding    in the model's own dtype and quantisation the fast form is no wilder than the stock form:
+                    err(fast) <= RATIO * err(stock) + FLOOR            err(x) = ||x - truth|| / ||truth||
+
+The first tells a formula that is almost right from one that is; 16-bit rounding would hide the difference. The second is about single
+tensors of one small input, where chance alone moves a ratio; the tests hold whole models to a tighter one.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,22 +25,28 @@ from torch import Tensor, nn
 
 from exactune.lora.live import is_nf4
 
-RATIO = 1.5  # the same as in the tests: one more rounding here or there, but not two of a kind
-FLOOR = 16 * torch.finfo(torch.float32).eps  # what the order of a float32 sum is worth
+FORMULA = 2e-4  # float32 sums in another order, with room for the cancellations of a softmax's backward
+RATIO = 3.0
+FLOOR = 64 * torch.finfo(torch.float32).eps
 TOKENS = 96  # more than one tile of every kernel, and not a multiple of one
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far one tensor of the fast and of the stock part is from the truth."""
+    """How far one tensor of the fast part is from the truth, and how far it may be; for rounding, how far the stock part is."""
 
     name: str
     fast: float
-    stock: float
+    limit: float
+    stock: float | None = None
 
     @property
     def passed(self) -> bool:
-        return self.fast <= RATIO * self.stock + FLOOR
+        return self.fast <= self.limit
+
+    def __str__(self) -> str:
+        beside = f", stock part {self.stock:.1e}" if self.stock is not None else ""
+        return f"{self.name}: error {self.fast:.1e} (limit {self.limit:.1e}{beside})"
 
 
 @dataclass(frozen=True)
@@ -48,16 +59,15 @@ class Proof:
 
     @property
     def worst(self) -> Comparison:
-        return max(self.comparisons, key=lambda c: c.fast / (RATIO * c.stock + FLOOR))
+        return max(self.comparisons, key=lambda c: c.fast / c.limit)
 
     def __str__(self) -> str:
-        w = self.worst
-        return f"{len(self.comparisons)} tensors; worst {w.name}: error {w.fast:.1e} against the stock part's {w.stock:.1e}"
+        return f"{len(self.comparisons)} tensors; worst {self.worst}"
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the truth for a part that computes in `dtype`."""
-    return torch.float64 if dtype == torch.float32 else torch.float32
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
 
 
 def randomise_adapters(module: Any) -> None:
@@ -73,7 +83,7 @@ def truth_of(module: Any, dtype: torch.dtype) -> Any:
     """A copy of `module` that computes in the wider dtype, 4-bit weights unpacked first."""
     twin = copy.deepcopy(module)
     for name, child in list(twin.named_modules()):
-        if is_nf4(child):
+        if is_nf4(child) and not hasattr(child, "base_layer"):  # an adapter's wrapper shows its base's weight as its own
             from bitsandbytes.functional import dequantize_4bit
 
             linear = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None, device="meta")
@@ -95,22 +105,27 @@ def run(forward: Callable[[Tensor], Tensor], module: Any, x: Tensor, dy: Tensor,
     return {name: t for name, t in named.items() if t is not None}
 
 
-def compare(fast: dict[str, Tensor], stock: dict[str, Tensor], truth: dict[str, Tensor]) -> Proof:
-    """Relative errors of two runs against the truth; a gradient that only one of them has counts as infinitely wrong."""
+def compare_formula(fast: dict[str, Tensor], truth: dict[str, Tensor]) -> list[Comparison]:
+    """The wider runs against each other; a gradient that only one of them has counts as infinitely wrong."""
+    names = fast.keys() | truth.keys()
+    errors = {n: _error(fast[n], truth[n]) if n in fast and n in truth else math.inf for n in names}
+    return [Comparison(f"{name} (formula)", error, FORMULA) for name, error in sorted(errors.items())]
+
+
+def compare_rounding(fast: dict[str, Tensor], stock: dict[str, Tensor], truth: dict[str, Tensor]) -> list[Comparison]:
+    """The runs in the model's own dtype against the truth."""
     comparisons = []
-    for name in truth.keys() | fast.keys() | stock.keys():
-        if name in fast and name in stock and name in truth:
-            comparisons.append(Comparison(name, _error(fast[name], truth[name]), _error(stock[name], truth[name])))
-        elif name in fast or name in stock:
-            comparisons.append(Comparison(name, float("inf"), 0.0))
-    return Proof(tuple(sorted(comparisons, key=lambda c: c.name)))
+    for name in sorted(stock.keys() & truth.keys()):
+        error = _error(stock[name], truth[name])
+        comparisons.append(Comparison(name, _error(fast[name], truth[name]) if name in fast else math.inf, RATIO * error + FLOOR, error))
+    return comparisons
 
 
 def _error(value: Tensor, truth: Tensor) -> float:
     exact = truth.double()
     norm = torch.linalg.vector_norm(exact).item()
     error = torch.linalg.vector_norm(value.double() - exact).item() / (norm or 1.0)
-    return error if error == error else float("inf")
+    return error if error == error else math.inf
 
 
 def prove(
@@ -132,11 +147,20 @@ def prove(
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, TOKENS, width, generator=generator).to(device, dtype)
     dy = torch.randn(1, TOKENS, width, generator=generator).to(device, dtype)
+    off = torch.autocast(device.type, enabled=False)  # whatever the caller's own context says
     twin = truth_of(probe, dtype)
-    truth = run(lambda t: call(twin, t), twin, x.to(wider(dtype)), dy, nullcontext())
-    # Frozen 16-bit weights with float32 adapters are trained under autocast, so that is the stock path to match.
-    autocast = torch.autocast(device.type, dtype) if dtype in (torch.bfloat16, torch.float16) else nullcontext()
-    stock = run(lambda t: call(probe, t), probe, x, dy, autocast)
+    wide_x = x.to(wider(dtype))
+    truth = run(lambda t: call(twin, t), twin, wide_x, dy, off)
     fast_forward = fast_of(probe)
-    fast = run(lambda t: call(fast_forward, t), probe, x, dy, nullcontext())
-    return compare(fast, stock, truth)
+    fast = run(lambda t: call(fast_forward, t), probe, x, dy, off)
+    if wider(dtype) == torch.float32:
+        wide_forward = fast_of(twin)
+        formula = run(lambda t: call(wide_forward, t), twin, wide_x, dy, off)
+    else:
+        formula = fast  # float32 is wide enough to tell a formula, and float64 has no kernels
+    if dtype == torch.float64:
+        return Proof(tuple(compare_formula(formula, truth)))  # the stock layer is the truth itself: it has no rounding to be held to
+    # Frozen 16-bit weights with float32 adapters are trained under autocast, so that is the stock path to match.
+    autocast = torch.autocast(device.type, dtype) if dtype in (torch.bfloat16, torch.float16) else off
+    stock = run(lambda t: call(probe, t), probe, x, dy, autocast)
+    return Proof((*compare_formula(formula, truth), *compare_rounding(fast, stock, truth)))
