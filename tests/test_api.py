@@ -154,7 +154,7 @@ def test_the_adapter_alone_saved_by_the_models_own_method(llama, tmp_path):
     model.save_pretrained_merged(tmp_path / "lora", tokenizer, save_method="lora")
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"] == 4
     with pytest.raises(ConfigError, match="merged_4bit"):
-        model.save_pretrained_merged(tmp_path / "no", tokenizer, save_method="merged_4bit")
+        model.save_pretrained_merged(tmp_path / "no", tokenizer, save_method="merged_3bit")
 
 
 def test_uploading_sends_the_verified_folder(llama, monkeypatch):

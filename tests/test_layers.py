@@ -13,7 +13,7 @@ RANKS = {
     "infer": 4, "export": 4,
     "evaluate": 5,
     "train": 6,
-    "api": 7,
+    "api": 7, "chat_templates": 7,
     "cli": 8, "studio": 8,
 }  # fmt: skip
 

@@ -161,25 +161,37 @@ def _accelerate(model: Any, wanted: bool) -> None:
 def save_pretrained_merged(
     model: Any, save_directory: str | Path, tokenizer: Any = None, save_method: str = "merged_16bit", **kwargs: Any
 ) -> Any:
-    """Fold the adapters into the weights and save a plain 16-bit model with its tokenizer, verified after writing.
+    """Fold the adapters into the weights and save a plain model with its tokenizer, verified after writing.
 
-    `save_method="lora"` saves the adapter alone. Further `kwargs` go to `exactune.export.merge.merge`.
+    `save_method`: "merged_16bit", "merged_4bit" (the same, then quantised to NF4) or "lora" (the adapter alone). Further `kwargs`
+    go to `exactune.export.merge.merge`.
 
     Raises:
         ConfigError: `save_method` is not one of these.
+        ArtefactError: what was written failed its verification; it did not get its name.
     """
-    tokenizer = tokenizer if tokenizer is not None else notes_of(model).tokenizer
-    if save_method == "lora":
-        model.save_pretrained(save_directory)
-        return tokenizer.save_pretrained(save_directory) if tokenizer is not None else None
-    if save_method != "merged_16bit":
-        raise ConfigError(
-            f"save_method={save_method!r} is not offered.",
-            'Use "merged_16bit" for a whole model, or "lora" for the adapter alone; 4-bit weights cannot hold a merged adapter exactly.',
-        )
     from exactune.export.merge import merge
 
-    return merge(model, tokenizer, save_directory, **kwargs)
+    tokenizer = tokenizer if tokenizer is not None else notes_of(model).tokenizer
+    return merge(model, tokenizer, save_directory, save_method=save_method, **kwargs)
+
+
+def save_pretrained_gguf(
+    model: Any, save_directory: str | Path, tokenizer: Any = None, quantization_method: str | Iterable[str] = "q8_0", **kwargs: Any
+) -> Any:
+    """Write the merged model as GGUF, one file a level, each loaded and compared in llama.cpp before it gets its name.
+
+    Further `kwargs` go to `exactune.export.gguf.export.export_gguf`.
+
+    Raises:
+        DeviceError: llama-cpp-python is not installed (the message says how).
+        ArtefactError: a file failed its verification.
+    """
+    from exactune.export.gguf.export import export_gguf
+
+    tokenizer = tokenizer if tokenizer is not None else notes_of(model).tokenizer
+    levels = quantization_method if isinstance(quantization_method, str) else list(quantization_method)
+    return export_gguf(model, tokenizer, save_directory, quantization_method=levels, **kwargs)
 
 
 def push_to_hub_merged(
@@ -205,5 +217,6 @@ def push_to_hub_merged(
 
 _SAVING: dict[str, Callable[..., Any]] = {
     "save_pretrained_merged": save_pretrained_merged,
+    "save_pretrained_gguf": save_pretrained_gguf,
     "push_to_hub_merged": push_to_hub_merged,
 }

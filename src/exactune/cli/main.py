@@ -10,6 +10,7 @@ from exactune import __version__
 from exactune.cli.chat import chat
 from exactune.cli.data import data
 from exactune.cli.doctor import doctor
+from exactune.cli.export import check, export
 from exactune.cli.failures import Commands
 from exactune.cli.generate import generate
 from exactune.cli.merge import merge
@@ -47,6 +48,8 @@ app.command(cls=TrainCommand)(train)
 app.command()(chat)
 app.command()(generate)
 app.command()(merge)
+app.command()(export)
+app.command()(check)
 app.add_typer(data)
 app.command()(doctor)
 

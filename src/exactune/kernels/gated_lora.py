@@ -49,7 +49,8 @@ def tiles_for(rank: int) -> Tiles:
     if rank > MAX_RANK:
         raise ValueError(f"rank {rank} is above {MAX_RANK}: use gated_backward and separate products")
     rows, columns = {16: (16, 128), 32: (16, 128), 64: (32, 64), 128: (16, 64), 256: (16, 32)}[rank]
-    return Tiles(rows, columns, rank, warps=8)
+    # Four warps at rank 16: measured on an H200 (bench/results/h200-gated-lora-sweep.txt).
+    return Tiles(rows, columns, rank, warps=4 if rank == 16 else 8)
 
 
 @triton.jit
