@@ -24,10 +24,12 @@ _PUBLIC = {
 __all__ = [*sorted(_PUBLIC), "__version__"]
 
 if TYPE_CHECKING:
-    from exactune.api import FastLanguageModel, FastModel
-    from exactune.device import is_bfloat16_supported
-    from exactune.errors import ExactuneError
-    from exactune.models.accelerate import accelerate, undo
+    from exactune.api import FastLanguageModel as FastLanguageModel
+    from exactune.api import FastModel as FastModel
+    from exactune.device import is_bfloat16_supported as is_bfloat16_supported
+    from exactune.errors import ExactuneError as ExactuneError
+    from exactune.models.accelerate import accelerate as accelerate
+    from exactune.models.accelerate import undo as undo
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from exactune import device
-from exactune.errors import ConfigError
 from exactune.models import adapters, modes
 from exactune.models.checkpointing import apply_checkpointing, read_choice
 from exactune.models.load import DEFAULT_LOAD_IN_4BIT, load_model

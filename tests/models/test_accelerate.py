@@ -179,6 +179,43 @@ def test_peft_keeps_control_of_its_adapters():
     assert report.stock_calls["2 active adapters"] == 2
 
 
+def test_a_reference_pass_between_forward_and_backward():
+    """What preference losses do: adapters on, adapters off, another adapter, and only then the backward of the first pass."""
+    model = with_lora(tiny_model("llama"))
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    batch = random_batch()
+    alone = loss_and_grads(model, **batch)[1]
+    accelerate(model)
+    model.zero_grad()
+    loss = model(**batch).loss
+    with torch.no_grad():
+        with model.disable_adapter():
+            model(**batch)
+        model.set_adapter("other")
+        model(**batch)
+        model.set_adapter("default")
+    loss.backward()
+    assert distance({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, alone) < CLOSE
+
+
+@pytest.mark.parametrize("optimizer", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_every_step_sees_the_adapters_of_the_last(optimizer):
+    """Fused optimizers write parameters without raising their version counters."""
+
+    def losses(accelerated):
+        model = with_lora(tiny_model("llama", torch.float32))
+        if accelerated:
+            accelerate(model)
+        adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, **optimizer)
+        found = []
+        for _ in range(4):
+            found.append(loss_and_grads(model, **random_batch())[0].item())
+            adamw.step()
+        return found
+
+    assert losses(True) == pytest.approx(losses(False), rel=1e-4)
+
+
 @pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_dropout": 0.5}], ids=["dora", "dropout"])
 def test_what_is_not_plain_lora_runs_its_own_path(config):
     model = with_lora(tiny_model("llama"), **config)

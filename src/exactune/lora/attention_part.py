@@ -73,6 +73,10 @@ def backward(attention: Attention, norm: Norm, batch: Batch, kept: Kept, da: Roo
     for head_norm, dw in zip((attention.q_norm, attention.k_norm), dws):
         if head_norm is not None and dw is not None and head_norm.weight.requires_grad:
             grads[head_norm.weight] = dw.to(head_norm.weight.dtype)
-    dxn = attention.qkv.backward_input(dpacked) if need_dx else attention.qkv.backward_rank(dpacked)
+    dxn = None
+    if need_dx:
+        dxn = attention.qkv.backward_input(dpacked)
+    else:
+        attention.qkv.backward_rank(dpacked)
     attention.qkv.record(grads, dpacked.data, kept.p_qkv, dpacked.room, NormedInput(kept.x, kept.rstd_in, norm))
     return dxn

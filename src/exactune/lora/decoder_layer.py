@@ -170,7 +170,8 @@ class DecoderLayerFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        kept = Kept(*ctx.saved_tensors, attention=ctx.attention)
+        kept = Kept(*ctx.saved_tensors)
+        kept.attention = ctx.attention
         with torch.autocast(dy.device.type, enabled=False):  # a backward inside an autocast block must not be cast a second time
             if ctx.recompute:
                 rebuild(ctx.layer, ctx.batch, kept)

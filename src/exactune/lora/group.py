@@ -13,6 +13,7 @@ Every adapter gradient goes through [N, R] first; no [O, I] temporary is formed.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -79,20 +80,28 @@ class Group:
         self.projections: list[Projection] = []
         self._stack: StackedWeight | None = None
 
-    def refresh(self, dtype: torch.dtype) -> None:
-        """Read the projections as PEFT has them now; rebuild the matrix if ranks or storage changed.
+    def bound(self, dtype: torch.dtype) -> Group:
+        """This group for one pass: the projections as PEFT has them now, and the matrix with room for just their ranks.
+
+        A pass keeps what it was bound to, so that its backward is right whatever is switched in between (a reference model is
+        the same weights with the adapters off).
 
         Raises:
             Unreadable: a projection has to run its own forward.
         """
-        self.projections = [read_projection(module) for module in self.modules]
-        if self._stack is None or self._stack.dtype != dtype or not self._stack.fits(self.projections):
-            self._stack = StackedWeight(self.projections, self.scratch, dtype)
+        projections = [read_projection(module) for module in self.modules]
+        ranks = [p.adapter.rank if p.adapter else 0 for p in projections]
+        held = self._stack
+        if held is None or held.dtype != dtype or not held.fits(projections) or (ranks != held.ranks and any(ranks)):
+            held = self._stack = StackedWeight(projections, self.scratch, dtype)
+        twin = copy.copy(self)
+        twin.projections, twin._stack = projections, held if ranks == held.ranks else held.bare()
+        return twin
 
     @property
     def stack(self) -> StackedWeight:
         if self._stack is None:
-            raise RuntimeError("a group is read with refresh() before it is used")
+            raise RuntimeError("a group is bound to a pass before it is used")
         return self._stack
 
     @property
@@ -121,7 +130,7 @@ class Group:
 
     def filled(self) -> Tensor:
         """The extended matrix [O+R, I+R] with the current weights and adapters in it."""
-        return self.stack.filled(self.projections)
+        return self.stack.filled(self.projections, self)
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         biases = [p.base.bias for p in self.projections]
@@ -134,7 +143,7 @@ class Group:
         buffer = self.filled()
         if self.rank:
             torch.mm(x.data, buffer[self.outputs :, : self.inputs].t(), out=x.room)
-        weight, bias = buffer[: self.outputs].t(), self._bias(buffer.dtype)
+        weight, bias = buffer[: self.outputs, : self.inputs + self.rank].t(), self._bias(buffer.dtype)
         return x.all @ weight if bias is None else torch.addmm(bias, x.all, weight)
 
     def backward_rank(self, dy: Roomy) -> None:
@@ -147,7 +156,7 @@ class Group:
         buffer = self.filled()
         if self.rank:
             torch.mm(dy.data, buffer[: self.outputs, self.inputs :], out=dy.room)
-        return dy.all @ buffer[:, : self.inputs]
+        return dy.all @ buffer[: self.outputs + self.rank, : self.inputs]
 
     def record(
         self,

@@ -17,6 +17,7 @@ from exactune.kernels import attention as attention_kernel
 from exactune.kernels import reference
 from exactune.kernels.attention_backends import Saved
 from exactune.kernels.reference import nf4 as reference_nf4
+from exactune.kernels.reference.gated import GateKind
 from exactune.kernels.reference.rotary import rotary as reference_rotary
 
 if TYPE_CHECKING:
@@ -26,11 +27,6 @@ if TYPE_CHECKING:
 if has_triton():  # the modules below import it; without it everything here runs on the reference
     from exactune.kernels import adapter_slots, gated, gated_lora, nf4, rotary, rotary_norm
     from exactune.kernels import rms_norm as rms_norm_kernel
-
-
-def capturing(device: torch.device) -> bool:
-    """True while a CUDA graph records: what depends on the host's view of the data must then be recorded unconditionally."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _vjp(fn: Callable, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -90,14 +86,14 @@ def rms_norm(x: Tensor, norm: Norm) -> Tensor:
     return reference.rms_norm(x, norm.weight, norm.eps, offset=norm.offset, cast=norm.cast)
 
 
-def gated_forward(gate: Tensor, up: Tensor, kind: str, out: Tensor) -> Tensor:
+def gated_forward(gate: Tensor, up: Tensor, kind: GateKind, out: Tensor) -> Tensor:
     """act(gate) * up, [N, F], into `out`."""
     if kernels_run_on(gate.device):
         return gated.gated_forward(gate, up, kind, out=out)
     return out.copy_(reference.gated(gate, up, kind))
 
 
-def gated_backward(dh: Tensor, gate: Tensor, up: Tensor, kind: str, *, dgate_out: Tensor, dup_out: Tensor, h_out: Tensor) -> None:
+def gated_backward(dh: Tensor, gate: Tensor, up: Tensor, kind: GateKind, *, dgate_out: Tensor, dup_out: Tensor, h_out: Tensor) -> None:
     """Gradients of `gated_forward` into `dgate_out` and `dup_out`, and its result once more into `h_out`."""
     if kernels_run_on(gate.device):
         gated.gated_backward(dh, gate, up, kind, dgate_out=dgate_out, dup_out=dup_out, h_out=h_out)
@@ -112,7 +108,7 @@ def gated_lora_backward(
     dh: Tensor,
     gate: Tensor,
     up: Tensor,
-    kind: str,
+    kind: GateKind,
     *,
     p_down: Tensor,
     x_gate: Tensor,
@@ -125,6 +121,7 @@ def gated_lora_backward(
         _, _, da_down, db_gate, db_up = gated_lora.gated_lora_backward(
             dh, gate, up, kind, p_down=p_down, x_gate=x_gate, x_up=x_up, dgate_out=dgate_out, dup_out=dup_out
         )
+        assert da_down is not None and db_gate is not None and db_up is not None
         return da_down, db_gate, db_up
     found = reference.gated_lora_backward(dh, gate, up, kind, p_down=p_down, x_gate=x_gate, x_up=x_up)
     dgate_out.copy_(found["dgate"])
@@ -135,7 +132,9 @@ def gated_lora_backward(
 def fill_slots(buffer: Tensor, adapters: Sequence[Adapter | None], rows: Sequence[int], inputs: int) -> None:
     """Write each adapter into an extended weight: A under the weights, scale * B beside them (see `stacked`)."""
     if kernels_run_on(buffer.device) and all(adapter is not None for adapter in adapters):
-        adapter_slots.fill_adapter_slots(buffer, [(a.a, a.b, a.scale) for a in adapters if a is not None], sum(rows), inputs)
+        adapter_slots.fill_adapter_slots(
+            buffer, [adapter_slots.Adapter(a.a, a.b, a.scale) for a in adapters if a is not None], sum(rows), inputs
+        )
         return
     outputs = sum(rows)
     row = rank = 0

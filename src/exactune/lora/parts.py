@@ -8,12 +8,13 @@ The layer computed is (sandwich norms only where the model has them):
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from exactune.kernels.reference.gated import GateKind
 from exactune.kernels.reference.norm import NormCast
 from exactune.lora.group import Group, Roomy
 
@@ -70,7 +71,7 @@ class Mlp:
 
     gate_up: Group
     down: Group
-    activation: str
+    activation: GateKind
 
     @property
     def inner(self) -> int:
@@ -85,6 +86,13 @@ class Layer:
     mlp: Mlp
     post_attention_norm: Norm | None = None
     post_mlp_norm: Norm | None = None
+
+    def bound(self, dtype: torch.dtype) -> Layer:
+        """The layer for one pass in `dtype`; see `Group.bound`."""
+        attention = replace(self.attention, qkv=self.attention.qkv.bound(dtype), out=self.attention.out.bound(dtype))
+        return replace(
+            self, attention=attention, mlp=replace(self.mlp, gate_up=self.mlp.gate_up.bound(dtype), down=self.mlp.down.bound(dtype))
+        )
 
     def groups(self) -> list[Group]:
         return [self.attention.qkv, self.attention.out, self.mlp.gate_up, self.mlp.down]

@@ -15,7 +15,9 @@ unpacked into a scratch buffer that all groups of one shape share, where the ada
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import weakref
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -63,7 +65,7 @@ class StackedWeight:
         self.rank = padded(sum(self.ranks))
         self.device = projections[0].base.weight.device
         self.quantised = projections[0].quantised
-        self._stamp: tuple | None = None
+        self._filled_by: Callable[[], object | None] = lambda: None
         self._home = None if self.quantised else self._move_in(projections)
 
     @property
@@ -74,9 +76,7 @@ class StackedWeight:
         return torch.zeros(self.outputs + self.rank, self.inputs + self.rank, dtype=self.dtype, device=self.device)
 
     def fits(self, projections: Sequence[Projection]) -> bool:
-        """False when ranks, storage or dtype changed since this was built, so that it has to be built anew."""
-        if self.ranks != [p.adapter.rank if p.adapter else 0 for p in projections]:
-            return False
+        """False when the base weights moved or changed their storage since this was built."""
         if any(p.quantised != self.quantised for p in projections):
             return False
         if self._home is None:
@@ -100,21 +100,24 @@ class StackedWeight:
             projection.base.weight.data = view
         return home
 
-    def filled(self, projections: Sequence[Projection]) -> Tensor:
-        """The buffer [O+R, I+R] with the current weights and adapters in it."""
-        if self.quantised:
+    def bare(self) -> StackedWeight:
+        """The same weights in the same buffer, without adapters: for passes with every adapter switched off."""
+        twin = copy.copy(self)
+        twin.ranks, twin.rank = [0] * len(self.rows), 0
+        return twin
+
+    def filled(self, projections: Sequence[Projection], owner: object) -> Tensor:
+        """The buffer [O+R, I+R] with the current weights and adapters in it.
+
+        `owner` stands for one pass: its forward fills the slots, its backward finds them filled unless another pass came between.
+        """
+        adapters = [p.adapter for p in projections]
+        if self._home is None:
             buffer = self.scratch.get(self)
             ops.dequantise([p.base.weight for p in projections], buffer[: self.outputs, : self.inputs])
-            ops.fill_slots(buffer, [p.adapter for p in projections], self.rows, self.inputs)
+            ops.fill_slots(buffer, adapters, self.rows, self.inputs)
             return buffer
-        assert self._home is not None
-        # The slots keep their content between forward, recomputation and backward of one step: refill only what changed.
-        stamp = tuple(
-            (id(p.adapter.a), p.adapter.a._version, id(p.adapter.b), p.adapter.b._version, p.adapter.scale)
-            for p in projections
-            if p.adapter
-        )
-        if stamp != self._stamp or ops.capturing(self.device):
-            ops.fill_slots(self._home, [p.adapter for p in projections], self.rows, self.inputs)
-            self._stamp = stamp
+        if self.rank and self._filled_by() is not owner:
+            ops.fill_slots(self._home, adapters, self.rows, self.inputs)
+            self._filled_by = weakref.ref(owner)
         return self._home

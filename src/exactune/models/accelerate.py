@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -183,7 +184,7 @@ def _read_layers(decoder: Any, config: Any, scratch: Scratch, shared: Shared, re
         x = torch.zeros(1, 8, config.hidden_size, device=weight.device, dtype=compute_dtype(layer))
         call = layer_call(decoder, config, layer)
         try:
-            parts = read_layer(layer, config, scratch, lambda call=call, layer=layer, x=x: call(layer, x))
+            parts = read_layer(layer, config, scratch, functools.partial(call, layer, x))
         except (Unrecognised, AttributeError) as why:
             report.stock[str(why)] += 1
             continue
@@ -247,7 +248,7 @@ def _style_that_passes(layer: FusedLayer, decoder: Any, config: Any, report: Rep
         try:
             proof = prove(
                 layer.module,
-                lambda copy, s=style: fast_of(copy, s),
+                functools.partial(fast_of, style=style),
                 layer_call(decoder, config, layer.module),
                 config.hidden_size,
                 dtype,

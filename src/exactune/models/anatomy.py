@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from exactune.kernels import reference
+from exactune.kernels.reference.gated import GateKind
 from exactune.kernels.reference.norm import NormCast
 from exactune.lora.group import Group
 from exactune.lora.parts import Attention, Layer, Mlp, Norm
@@ -26,7 +27,7 @@ GATE_UP_SEPARATE = ("gate_proj", "up_proj")
 GATE_UP_FUSED = "gate_up_proj"
 DOWN = "down_proj"
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[GateKind, Callable[[Tensor], Tensor]] = {
     "swiglu": nn.functional.silu,
     "geglu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
     "geglu_erf": nn.functional.gelu,
@@ -67,7 +68,7 @@ def read_norm(module: Any) -> Norm:
     raise Unrecognised("a norm with a formula of its own")
 
 
-def read_activation(module: Any) -> str:
+def read_activation(module: Any) -> GateKind:
     """The name of the activation that `module` computes, judged by its output.
 
     Raises:

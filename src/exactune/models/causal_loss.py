@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from exactune.kernels.head import ValidRows
 from exactune.kernels.linear_cross_entropy import linear_cross_entropy
-from exactune.kernels.linear_logprobs import linear_logprobs
+from exactune.kernels.token_logprobs import token_logprobs
 from exactune.lora.live import Adapter, Unreadable, read_projection
 from exactune.models.fused_layer import CAUSAL, Shared
 
@@ -160,6 +160,7 @@ class CausalForward:
             if token_log_probs:
                 return self._per_token(flat, labels, shifted, options, valid, num_items, outputs)
             loss = linear_cross_entropy(flat, labels=shifted, num_items_in_batch=num_items, valid_rows=valid, **options)
+        assert isinstance(loss, Tensor)
         return CausalLMOutput(
             loss=loss,
             logits=Deferred(lambda: self.head.logits(hidden)),  # type: ignore[arg-type]
@@ -172,8 +173,8 @@ class CausalForward:
         self, flat: Tensor, labels: Tensor, shifted: Tensor, options: dict[str, Any], valid: ValidRows, num_items: Any, outputs: Any
     ) -> TokenLogProbs:
         rows, tokens = labels.shape
-        result = linear_logprobs(flat, labels=shifted, valid_rows=valid, **options)
-        log_probs, entropy, is_top1 = (t.view(rows, tokens)[:, :-1] for t in (result.log_probs, result.entropy, result.is_top1))
+        found = token_logprobs(flat, labels=shifted, valid_rows=valid, **options)
+        log_probs, entropy, is_top1 = (t.view(rows, tokens)[:, :-1] for t in found)
         mask = labels[:, 1:] != -100
         count = mask.sum().clamp(min=1) if num_items is None else num_items
         return TokenLogProbs(

@@ -51,13 +51,15 @@ class FusedLayer:
         self.shared = shared
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        reason = self._obstacle(hidden_states, args, kwargs)
-        if reason is None:
-            return self._fused(hidden_states, kwargs["position_embeddings"])
-        self.shared.stock_calls[reason] += 1
-        if kwargs.get("attention_mask") is CAUSAL:
-            kwargs["attention_mask"] = stock_mask(self.config, self.parts.attention.window, hidden_states, kwargs.get("position_ids"))
-        return type(self.module).forward(self.module, hidden_states, *args, **kwargs)
+        try:
+            layer = self._bound(hidden_states, args, kwargs)
+        except Unreadable as why:
+            self.shared.stock_calls[str(why)] += 1
+            if kwargs.get("attention_mask") is CAUSAL:
+                window = self.parts.attention.window
+                kwargs["attention_mask"] = stock_mask(self.config, window, hidden_states, kwargs.get("position_ids"))
+            return type(self.module).forward(self.module, hidden_states, *args, **kwargs)
+        return self._fused(layer, hidden_states, kwargs["position_embeddings"])
 
     def strict(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """The fused forward and nothing else.
@@ -66,32 +68,29 @@ class FusedLayer:
             Unreadable: this call would have run stock.
         """
         kwargs["attention_mask"] = None
-        reason = self._obstacle(hidden_states, (), kwargs)
-        if reason is not None:
-            raise Unreadable(reason)
-        return self._fused(hidden_states, kwargs["position_embeddings"])
+        return self._fused(self._bound(hidden_states, (), kwargs), hidden_states, kwargs["position_embeddings"])
 
-    def _obstacle(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> str | None:
-        """Why this call has to run stock, or None."""
+    def _bound(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Layer:
+        """The layer's parts for this call.
+
+        Raises:
+            Unreadable: why this call has to run stock.
+        """
         mask = kwargs.get("attention_mask")
         if args or kwargs.get("position_embeddings") is None:
-            return "a call without position embeddings by name"
+            raise Unreadable("a call without position embeddings by name")
         if kwargs.get("past_key_values") is not None:
-            return "a key/value cache"
+            raise Unreadable("a key/value cache")
         if mask is not None and mask is not CAUSAL:
-            return "an attention mask"
+            raise Unreadable("an attention mask")
         if kwargs.get("output_attentions"):
-            return "attention weights asked for"
+            raise Unreadable("attention weights asked for")
         if not self._same_dtype(x):
-            return "autocast to another dtype than the activations'"
-        try:
-            for group in self.parts.groups():
-                group.refresh(x.dtype)
-        except Unreadable as why:
-            return str(why)
-        if any(group.dropout for group in self.parts.groups()):
-            return "adapter dropout"
-        return None
+            raise Unreadable("autocast to another dtype than the activations'")
+        layer = self.parts.bound(x.dtype)
+        if any(group.dropout for group in layer.groups()):
+            raise Unreadable("adapter dropout")
+        return layer
 
     def _same_dtype(self, x: Tensor) -> bool:
         device = x.device.type
@@ -100,12 +99,12 @@ class FusedLayer:
         bases = [p for group in self.parts.groups() for p in group.modules]
         return all(_stored_dtype(module) in (x.dtype, torch.uint8) for module in bases)
 
-    def _fused(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    def _fused(self, layer: Layer, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         batch = self.shared.batch(x, *position_embeddings)
         flat = x.reshape(batch.n, x.shape[-1])
         recompute = self.shared.recompute and self.module.training
         with torch.autocast(x.device.type, enabled=False):
-            y = DecoderLayerFunction.apply(self.parts, batch, recompute, flat, *parameters(self.parts))
+            y = DecoderLayerFunction.apply(layer, batch, recompute, flat, *parameters(layer))
         return y.view(x.shape)
 
 

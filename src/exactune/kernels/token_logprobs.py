@@ -1,0 +1,123 @@
+"""What a trainer reads of each token: its log-probability (differentiable), the entropy there, and whether the label came first.
+
+    logp_i = z_y - lse        H_i = lse - sum_j p_j z_j        top1_i = [z_y = max_j z_j]
+
+A row's log-probability depends on that row alone, so its gradient is known up to one factor while the row's logits are at hand:
+d logp_i / d hidden_i = -(p - [j = y]) W. With a frozen head the forward computes that row vector, and the backward multiplies it by
+the row's upstream gradient, whatever it is: 2 GEMMs, where computing the logits again in the backward takes 3. A trained head needs
+the upstream gradients before its own can be summed; it goes through `linear_logprobs`.
+
+Saved: d logp / d hidden [n, E] of the n rows with a label. Bytes beside the GEMMs, 16 bits: 6nV (the maximum is one more read), 4nE.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from exactune.device import kernels_run_on
+from exactune.kernels.head import (
+    Head,
+    ValidRows,
+    chunk_bounds,
+    chunk_rows,
+    compute_dtype,
+    logits_buffer,
+    rows_to_compute,
+    spread_rows,
+    take,
+)
+from exactune.kernels.linear_cross_entropy import FP16_HEADROOM
+from exactune.kernels.linear_logprobs import linear_logprobs
+from exactune.kernels.reference.cross_entropy import LossTerms
+
+
+def _is_top(logits: Tensor, labels: Tensor) -> Tensor:
+    """True where the label's logit is the largest of its row; softcap and a positive scale do not change which one is."""
+    chosen = logits.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+    return chosen >= logits.amax(1)
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """(logp, H, top1), each [N], of a frozen head; 0 in the rows that `index` leaves out."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, terms, index, chunk):
+        from exactune.kernels.cross_entropy import RowStatistics, cross_entropy_forward_and_gradient
+
+        head, total = Head(weight, bias), hidden.shape[0]
+        rows = total if index is None else index.shape[0]
+        chunk = min(chunk or chunk_rows(rows, weight.shape[0], hidden.element_size()), max(rows, 1))
+        ctx.factor = FP16_HEADROOM if hidden.dtype == torch.float16 else 1.0
+        share = torch.full((1,), ctx.factor, device=hidden.device)
+        stats = RowStatistics.empty(rows, hidden.device, entropy=True)
+        dloss = hidden.new_empty(rows, hidden.shape[1])
+        top = torch.empty(rows, dtype=torch.bool, device=hidden.device)
+        buffer = logits_buffer(chunk, head, hidden)
+        for start, end in chunk_bounds(rows, chunk):
+            targets = take(labels, index, start, end)
+            logits = head.logits(take(hidden, index, start, end), out=buffer[: end - start])
+            top[start:end] = _is_top(logits, targets) & (targets != terms.ignore_index)
+            cross_entropy_forward_and_gradient(logits, targets, terms, share, rows=stats.part(start, end))
+            torch.mm(logits, weight, out=dloss[start:end])
+        ctx.save_for_backward(dloss, index)
+        ctx.total = total
+        assert stats.entropy is not None
+        outputs = tuple(spread_rows(t, index, total) for t in (-stats.loss, stats.entropy, top))
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogp, *_):
+        dloss, index = ctx.saved_tensors
+        scale = take(dlogp, index, 0, dloss.shape[0]) / -ctx.factor
+        dhidden = (dloss * scale[:, None]).to(dloss.dtype)
+        return spread_rows(dhidden, index, ctx.total), *[None] * 6
+
+
+@torch.no_grad()
+def _top_of_all(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+    """`top1` of every row, chunk by chunk."""
+    chunk = chunk_rows(hidden.shape[0], head.weight.shape[0], hidden.element_size())
+    buffer = logits_buffer(min(chunk, max(hidden.shape[0], 1)), head, hidden)
+    parts = [_is_top(head.logits(hidden[a:b], out=buffer[: b - a]), labels[a:b]) for a, b in chunk_bounds(hidden.shape[0], chunk)]
+    return torch.cat(parts) if parts else labels.new_empty(0, dtype=torch.bool)
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    lora_scale: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    valid_rows: ValidRows | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probability of each label, entropy in nats, whether the label's logit is the largest), each [N]; 0 and False where ignored.
+
+    hidden: [N, E], weight: [V, E], labels: [N], belonging to the rows as they are. The first is differentiable in all that is trained,
+    the entropy only with a trained head. Arguments as in `linear_cross_entropy`.
+    """
+    dtype = compute_dtype(hidden)
+    trained = any(t is not None and t.requires_grad for t in (weight, bias, lora_a, lora_b))
+    if kernels_run_on(hidden.device) and not trained and lora_a is None:
+        terms = LossTerms(softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index)
+        index = rows_to_compute(labels, ignore_index, valid_rows, static_shapes=False)
+        inputs = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
+        return TokenLogprobs.apply(*inputs, labels.contiguous(), terms, index, None)
+    logp, entropy = linear_logprobs(
+        hidden, weight, labels, bias=bias, lora_a=lora_a, lora_b=lora_b, lora_scale=lora_scale, softcap=softcap,
+        logit_scale=logit_scale, ignore_index=ignore_index, entropy=True, valid_rows=valid_rows,
+    )  # fmt: skip
+    assert entropy is not None
+    cast = [None if t is None else t.detach().to(dtype) for t in (weight, bias, lora_a, lora_b)]
+    assert cast[0] is not None
+    head = Head(cast[0], cast[1], cast[2], cast[3], lora_scale)
+    return logp, entropy, _top_of_all(hidden.to(dtype), labels, head) & (labels != ignore_index)
