@@ -9,7 +9,7 @@ quickstart: $(VENV)/installed
 	@$(BIN)/exactune quickstart $(ARGS)
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 check: $(VENV)/installed-check
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
