@@ -22,13 +22,14 @@ SETTINGS: dict[str, Any] = {
     "lora_alpha": 64,
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
+    "group_by_length": True,
     "use_gradient_checkpointing": False,
     "learning_rate": 4e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 10,
     "max_steps": 240,
     "per_device_eval_batch_size": 64,
-    "generate_rows": 200,
+    "generate_rows": 100,
     "max_new_tokens": 128,
 }
 

@@ -60,6 +60,7 @@ class TrainConfig(BaseModel):
     packing: bool = _field(False, "Put several short rows into one sequence, kept apart by their positions.", "Data")
 
     per_device_train_batch_size: int = _field(2, "Rows in one forward pass.", "Training", ge=1)
+    group_by_length: bool = _field(False, "Put rows of like length into one batch, so that less is padding.", "Training")
     gradient_accumulation_steps: int = _field(4, "Forward passes for one update.", "Training", ge=1)
     learning_rate: float = _field(2e-4, "Peak learning rate.", "Training", gt=0)
     lr_scheduler_type: Schedule = _field("linear", "Course of the learning rate.", "Training")

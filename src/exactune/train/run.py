@@ -147,6 +147,7 @@ class Run:
             self.folder,
             held_out=list(self.held_out.dataset) if self.held_out and config.eval_steps else (),
             every=config.eval_steps,
+            group_by_length=config.group_by_length,
             model=self.model,
             args=trainer_arguments(config, self.model, self.folder.path),
             train_dataset=self.rows.dataset,

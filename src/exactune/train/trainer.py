@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
 from exactune.evaluate import held_out_loss
+from exactune.train.grouping import LengthGroupedSampler
 from exactune.train.run_folder import RunFolder
 from exactune.train.writing import replace_folder, staging_folder
 
@@ -19,10 +20,20 @@ class RunTrainer(SFTTrainer):
     """`SFTTrainer` that writes its checkpoints into a run folder.
 
     `held_out`: encoded rows whose loss is logged as `eval_loss` every `every` updates; none without them.
+    `group_by_length`: put rows of like length into one batch.
     """
 
-    def __init__(self, run: RunFolder, *, held_out: Sequence[dict[str, Any]] = (), every: int | None = None, **arguments: Any):
+    def __init__(
+        self,
+        run: RunFolder,
+        *,
+        held_out: Sequence[dict[str, Any]] = (),
+        every: int | None = None,
+        group_by_length: bool = False,
+        **arguments: Any,
+    ):
         self._run = run
+        self._group_by_length = group_by_length
         self._held_out = held_out
         self._every = every
         self._checkpoints = run.checkpoints
@@ -46,6 +57,12 @@ class RunTrainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The run's report takes the place of TRL's card."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self._group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return LengthGroupedSampler([len(ids) for ids in rows["input_ids"]], self.args.per_device_train_batch_size, self.args.seed)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._checkpoints)
