@@ -20,7 +20,7 @@ from exactune.lora.stacked import Scratch
 from exactune.models.anatomy import Unrecognised, base_of, read_layer, read_norm
 from exactune.models.causal_loss import CausalForward, Head, rename_trl_request
 from exactune.models.fused_layer import FusedLayer, Shared, stock_mask
-from exactune.models.notes import bind, unbind
+from exactune.models.notes import base_model, bind, unbind
 from exactune.models.verify import Proof, prove
 
 
@@ -60,11 +60,6 @@ class Acceleration:
 
 
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, Acceleration] = weakref.WeakKeyDictionary()
-
-
-def base_model(model: Any) -> Any:
-    """The transformers model under PEFT's wrappers, or `model` itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def accelerate(model: Any, *, verify: bool = True, deterministic: bool = False) -> Report:

@@ -16,7 +16,7 @@ import logging
 from typing import Any
 
 from exactune.errors import ConfigError
-from exactune.models.notes import bind, notes_of, unbind
+from exactune.models.notes import base_model, bind, notes_of, unbind
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def read_choice(choice: Any) -> bool | str:
 def apply_checkpointing(model: Any, choice: Any) -> Any:
     """Set gradient checkpointing on `model` (a transformers or PEFT model) as `choice` says, and keep it through training."""
     wanted = read_choice(choice)
-    base = _base(model)
+    base = base_model(model)
     notes_of(model).checkpointing = choice
     unbind(base, *_ENABLERS)
     if wanted is True:
@@ -58,11 +58,7 @@ def apply_checkpointing(model: Any, choice: Any) -> Any:
 
 def is_checkpointing(model: Any) -> bool:
     """True where at least one module recomputes its activations in the backward pass."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in _base(model).modules())
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return any(getattr(module, "gradient_checkpointing", False) for module in base_model(model).modules())
 
 
 def _enable(base: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from exactune.models.notes import notes_of
+from exactune.models.notes import base_model, notes_of
 
 
 def for_inference(model: Any) -> Any:
@@ -39,7 +39,7 @@ def for_training(model: Any) -> Any:
         return model
     for config, use_cache in zip(_cache_configs(model), before["use_cache"]):
         config.use_cache = use_cache
-    modules = dict(_base(model).named_modules())
+    modules = dict(base_model(model).named_modules())
     for name in before["checkpointed"]:
         if name in modules:  # a module may have been merged away in between
             modules[name].gradient_checkpointing = True
@@ -51,17 +51,13 @@ def for_training(model: Any) -> Any:
 def _remember(model: Any, tokenizer: Any) -> dict[str, Any]:
     return {
         "use_cache": [config.use_cache for config in _cache_configs(model)],
-        "checkpointed": [name for name, module in _base(model).named_modules() if vars(module).get("gradient_checkpointing")],
+        "checkpointed": [name for name, module in base_model(model).named_modules() if vars(module).get("gradient_checkpointing")],
         "padding_side": getattr(tokenizer, "padding_side", None),
     }
 
 
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _cache_configs(model: Any) -> list[Any]:
     """Each config of the model that says whether to keep a key/value cache, once."""
-    base = _base(model)
+    base = base_model(model)
     configs = [base.config, base.config.get_text_config(), getattr(base, "generation_config", None)]
     return [config for index, config in enumerate(configs) if hasattr(config, "use_cache") and config not in configs[:index]]

@@ -23,13 +23,17 @@ class Notes:
     before_inference: dict[str, Any] | None = None
 
 
+def base_model(model: Any) -> Any:
+    """The transformers model under PEFT's wrappers, or `model` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def notes_of(model: Any) -> Notes:
     """The notes of `model`; a PEFT model shares those of the base model that it wraps."""
     notes = getattr(model, _ATTRIBUTE, None)
     if notes is None:
         notes = Notes()
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        setattr(base, _ATTRIBUTE, notes)
+        setattr(base_model(model), _ATTRIBUTE, notes)
     return notes
 
 
