@@ -78,7 +78,9 @@ def test_every_kind_of_level_of_an_adapter_model(tmp_path):
     asked = ["F16", "bf16", "q8_0", "q5_k_m", "q4_k_m", "iq4_xs"]
     report = export_gguf(model, tokenizer(), tmp_path, quantization_method=asked)
     assert [level.level for level in report.levels] == [name.lower() for name in asked]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*(f"model-{name.lower()}.gguf" for name in asked), "Modelfile"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [*(f"model-{name.lower()}.gguf" for name in asked), "Modelfile", "README.md"]
+    )
     kl = {level.level: level.kl for level in report.levels}
     assert kl["f16"] < kl["q8_0"] < kl["q5_k_m"] < kl["q4_k_m"]
     sizes = {level.level: level.bytes for level in report.levels}
@@ -89,7 +91,7 @@ def test_every_kind_of_level_of_an_adapter_model(tmp_path):
 
 def test_quantised_alone_leaves_no_intermediate_file(tmp_path):
     export_gguf(tiny("llama", hidden_size=256), tokenizer(), tmp_path, quantization_method="q4_k_m")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["Modelfile", "model-q4_k_m.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Modelfile", "README.md", "model-q4_k_m.gguf"]
 
 
 def test_importance_matrix_reaches_the_quantiser(tmp_path):

@@ -48,7 +48,7 @@ class Job:
         base = plain_model(model)
         if not hasattr(base, "save_pretrained") or not hasattr(base, "config"):
             raise ModelError(f"{type(base).__name__} is not a transformers model.", "Merge takes a PeftModel or a transformers model.")
-        adapters = tuple(weights) if weights else active_adapters(model)
+        adapters = tuple(weights) if weights is not None else active_adapters(model)
         check_mergeable(model, adapters)
         slots, still_tied = untied(slots_of(model, adapters, weights), base)
         _check_quantiser(base)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from exactune.errors import ArtefactError, DeviceError
 
 _F32 = 0  # ggml's number of the type
 _ERROR = 4  # ggml's log level
+_BATCH = 512  # tokens run at a time
 
 # the names under which templates ask for special tokens, and GGUF's keys of their ids
 _ID_KEYS = {
@@ -48,7 +49,8 @@ def opened(
     llama_cpp = require()
     options: dict[str, Any] = {"vocab_only": True, "kv_overrides": overrides}
     if not vocabulary_only:
-        options = {"n_ctx": context, "n_batch": context, "n_ubatch": context, "logits_all": True, "type_k": _F32, "type_v": _F32}
+        step = min(context, _BATCH)
+        options = {"n_ctx": context, "n_batch": step, "n_ubatch": step, "type_k": _F32, "type_v": _F32}
         options |= {"n_gpu_layers": 0, "flash_attn": False, "lora_path": str(lora) if lora else None}
     with messages() as said:
         try:
@@ -83,12 +85,50 @@ def messages() -> Iterator[Callable[[], str]]:
 
 def logits_of(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Float32 logits [T, V] of each prompt alone."""
-    found = []
-    for ids in prompts:
-        model.reset()
-        model.eval(list(ids))
-        found.append(torch.tensor(model.scores[: len(ids)].copy()))
+    return [logits_at(model, ids, range(len(ids))) for ids in prompts]
+
+
+def logits_at(model: Any, ids: Sequence[int], places: Iterable[int]) -> torch.Tensor:
+    """Float32 logits [places, V] of one sequence, at the given places (ascending) alone: no others are kept."""
+    import llama_cpp
+
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(model.ctx), True)
+    wanted, step = set(places), int(model.n_batch)
+    found = [_decode(model, ids[start : start + step], start, wanted) for start in range(0, len(ids), step)]
+    return torch.cat(found)
+
+
+def greedy(model: Any, ids: Sequence[int], stops: Collection[int], limit: int) -> list[int]:
+    """The likeliest continuation of `ids`, token by token, up to one of `stops` (left out), `limit` tokens or the end of the context."""
+    logits = logits_at(model, ids, [len(ids) - 1])
+    found: list[int] = []
+    for place in range(len(ids), min(len(ids) + limit, int(model.n_ctx()))):
+        token = int(logits[-1].argmax())
+        if token in stops:
+            break
+        found.append(token)
+        logits = _decode(model, [token], place, {place})
     return found
+
+
+def _decode(model: Any, tokens: Sequence[int], start: int, wanted: Collection[int]) -> torch.Tensor:
+    """Run `tokens`, which stand at `start` and after; logits [wanted places among them, V]."""
+    import llama_cpp
+    import numpy as np
+
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    try:
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, start + i, 1, 0
+            batch.logits[i] = start + i in wanted
+        if (code := llama_cpp.llama_decode(model.ctx, batch)) != 0:
+            raise RuntimeError(f"llama_decode returned {code}")
+    finally:
+        llama_cpp.llama_batch_free(batch)
+    places = [i for i in range(len(tokens)) if start + i in wanted]
+    rows = [np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(model.ctx, i), shape=(model.n_vocab(),)).copy() for i in places]
+    return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, model.n_vocab())
 
 
 def tokenize(model: Any, text: str, *, add_special_tokens: bool) -> list[int]:

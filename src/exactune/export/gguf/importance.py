@@ -7,18 +7,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from exactune.export.gguf.tensors import Entry
+from exactune.export.gguf.plan import Plan
+from exactune.export.template_guard import encode
 from exactune.export.verify import logits_of, stock_forwards
 
 if TYPE_CHECKING:
     import numpy as np
 
+# of one sample: llama.cpp's own tool cuts its text into as many
+MAX_TOKENS = 512
 
-def importance_of(model: Any, entries: Sequence[Entry], prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    """GGUF tensor -> float32 [columns]: mean square of each input of the linear layer over all tokens of `prompts`.
+
+def importance_of(model: Any, plan: Plan, samples: Sequence[str] | Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """GGUF tensor -> float32 [columns]: mean square of each input of the linear layer over all tokens of `samples`, texts or ids.
 
     Fused experts take their inputs inside one call and are left out: llama.cpp weighs their columns alike.
     """
+    prompts = [
+        encode(plan.tokenizer, some, add_special_tokens=True)[:MAX_TOKENS] if isinstance(some, str) else list(some)[:MAX_TOKENS]
+        for some in samples
+    ]
+    entries = plan.entries
     sums: dict[int, torch.Tensor] = {}
     counts: dict[int, int] = {}
 
@@ -31,7 +40,8 @@ def importance_of(model: Any, entries: Sequence[Entry], prompts: Sequence[Sequen
     hooks = [module.register_forward_pre_hook(note) for module in linears.values()]
     try:
         with stock_forwards(model):
-            logits_of(model, prompts)
+            for ids in filter(None, prompts):  # one at a time: the logits of all would be gigabytes
+                logits_of(model, [ids])
     finally:
         for hook in hooks:
             hook.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,55 +13,70 @@ import torch
 from exactune.errors import ArtefactError
 from exactune.export.gguf import engine
 from exactune.export.gguf.behaviour import agreement
+from exactune.export.gguf.levels import activation_rounding
+from exactune.export.gguf.plan import Plan
+from exactune.export.gguf.rotation import as_in_llama_cpp, differs
 from exactune.export.gguf.vocabulary import stop_ids
 from exactune.export.template_guard import CONVERSATIONS, has_template, render
-from exactune.export.verify import SLACK, Agreement, compare, rounding_noise
+from exactune.export.verify import SLACK, Agreement, compare, logits_of, prompts_for, rounding_noise
 
 _NOT_NAMED = "Such a file is not given its name."
 
 
-def prove_file(
-    path: Path,
-    level: str,
-    model: Any,
-    tokenizer: Any,
-    generation: Any,
-    prompts: Sequence[Sequence[int]],
-    wanted: Sequence[torch.Tensor],
-    computable: Sequence[torch.Tensor],
-    weight_error: float,
-    activation_error: float,
-) -> tuple[Agreement, float, int]:
-    """Compare the file in llama.cpp with `model`; returns the agreement, its bound on the relative error, and the checks passed.
+@dataclasses.dataclass(frozen=True)
+class Examiner:
+    """Holds what the model in memory says to `prompts`, and compares files with it.
 
-    `wanted`: the model's logits on `prompts`; `computable`: the same as far as llama.cpp can compute them (see `rotation`).
-    `weight_error`: ||rounded - exact|| / ||exact|| of the file's weights.
-    `activation_error`: relative rounding of the activations in llama.cpp.
-
-    Raises:
-        ArtefactError: says which check failed.
+    `wanted`: its logits; `computable`: the same as far as llama.cpp can compute them (see `rotation`).
     """
-    context = max(64, *(len(ids) for ids in prompts))
-    with engine.opened(path, context=context) as loaded:
-        checks = prove_behaviour(loaded, tokenizer, generation)
-        found = engine.logits_of(loaded, prompts)
-    result, judged = compare(found, wanted), compare(found, computable)
-    computed_in = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    unit = math.sqrt(3 * weight_error**2 + activation_error**2 + (torch.finfo(computed_in).eps / 2) ** 2)
-    bound = SLACK * rounding_noise(model, prompts, wanted, unit)
-    if not judged.relative_error <= bound:
-        raise ArtefactError(
-            f"Logits in llama.cpp are off by {judged.relative_error:.3g} (relative; KL {judged.kl:.3g}), where rounding to {level} "
-            f"explains {bound:.3g}.",
-            _NOT_NAMED,
-        )
-    # at coarse levels the bound grows past what would be noticed: the file must at least know more than nothing
-    ignorant = compare([torch.zeros_like(logits) for logits in computable], computable).kl
-    if not judged.kl < ignorant:
-        raise ArtefactError(
-            f"At {level} the file knows no more than chance: KL {judged.kl:.3g}, of a blank one {ignorant:.3g}.", _NOT_NAMED
-        )
-    return result, bound, checks + 1
+
+    model: Any
+    plan: Plan
+    prompts: Sequence[Sequence[int]]
+    wanted: Sequence[torch.Tensor]
+    computable: Sequence[torch.Tensor]
+
+    @classmethod
+    def of(cls, model: Any, plan: Plan, held_out: Sequence[str]) -> Examiner:
+        prompts = [ids[: plan.window] for ids in prompts_for(plan.tokenizer, plan.vocabulary_rows, plan.job.trained_ids(), held_out)]
+        wanted = logits_of(model, prompts)
+        with as_in_llama_cpp(plan.job.base):
+            computable = logits_of(model, prompts) if differs(plan.job.base.config.get_text_config()) else wanted
+        return cls(model, plan, prompts, wanted, computable)
+
+    def prove(self, path: Path, level: str, weight_error: float, *, lora: Path | None = None) -> tuple[Agreement, float, int]:
+        """Compare the file in llama.cpp with the model; returns the agreement, its bound on the relative error, and the checks passed.
+
+        `weight_error`: ||rounded - exact|| / ||exact|| of the file's weights. `lora`: an adapter to put on the file.
+
+        Raises:
+            ArtefactError: says which check failed.
+        """
+        context = max(64, *(len(ids) for ids in self.prompts))
+        with engine.opened(path, context=context, lora=lora) as loaded:
+            checks = prove_behaviour(loaded, self.plan.tokenizer, self.plan.generation)
+            found = engine.logits_of(loaded, self.prompts)
+        result, judged = compare(found, self.wanted), compare(found, self.computable)
+        bound = SLACK * rounding_noise(self.model, self.prompts, self.wanted, self._unit(level, weight_error))
+        if not judged.relative_error <= bound:
+            raise ArtefactError(
+                f"Logits in llama.cpp are off by {judged.relative_error:.3g} (relative; KL {judged.kl:.3g}), where rounding to {level} "
+                f"explains {bound:.3g}.",
+                _NOT_NAMED,
+            )
+        # at coarse levels the bound grows past what would be noticed: the file must at least know more than nothing
+        ignorant = compare([torch.zeros_like(logits) for logits in self.computable], self.computable).kl
+        if not judged.kl < ignorant:
+            raise ArtefactError(
+                f"At {level} the file knows no more than chance: KL {judged.kl:.3g}, of a blank one {ignorant:.3g}.", _NOT_NAMED
+            )
+        return result, bound, checks + 1
+
+    def _unit(self, level: str, weight_error: float) -> float:
+        """The relative rounding that one product of the file is off by: its weights, llama.cpp's activations, the model's own dtype."""
+        activations = activation_rounding(level, self.plan.family.float16_activation)
+        computed_in = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return math.sqrt(3 * weight_error**2 + activations**2 + (torch.finfo(computed_in).eps / 2) ** 2)
 
 
 def prove_behaviour(loaded: Any, tokenizer: Any, generation: Any) -> int:
