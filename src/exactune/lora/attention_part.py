@@ -11,7 +11,8 @@ from torch import Tensor
 from exactune.kernels.attention_backends import Saved
 from exactune.lora import ops
 from exactune.lora.group import Grads, NormedInput, Roomy
-from exactune.lora.parts import Attention, Batch, Norm
+from exactune.lora.parts import Attention, Batch
+from exactune.lora.rotation import turn, turn_back
 
 if TYPE_CHECKING:
     from exactune.lora.decoder_layer import Kept
@@ -26,23 +27,23 @@ def _heads(attention: Attention, batch: Batch, packed: Tensor) -> tuple[Tensor, 
 def project(attention: Attention, batch: Batch, xn: Roomy) -> tuple[Tensor, Tensor]:
     """(q, k, v packed [N, (H+2K)D], P [N, R]).
 
-    q and k are rotated already, in place, unless per-head norms come first: the backward of those needs the raw values.
+    q and k are rotated already, in place, unless they have norms: the backward of those needs the raw values.
     """
     packed = attention.qkv.forward(xn)
-    if attention.q_norm is None:
+    if not attention.norms():
         q, k, _ = _heads(attention, batch, packed)
-        ops.rotary_forward(q, k, batch, attention, q_out=q, k_out=k)
+        turn(attention, batch, q, k, q_out=q, k_out=k)
     return packed, xn.room.clone()
 
 
 def _rotated(attention: Attention, batch: Batch, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What attention reads: q and k normed per head and rotated, v as it is."""
+    """What attention reads: q and k normed and rotated, v as it is."""
     q, k, v = _heads(attention, batch, packed)
-    if attention.q_norm is None:
+    if not attention.norms():
         return q, k, v
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    ops.rotary_forward(q, k, batch, attention, q_out=q_out, k_out=k_out)
+    turn(attention, batch, q, k, q_out=q_out, k_out=k_out)
     return q_out, k_out, v
 
 
@@ -60,16 +61,20 @@ def output(attention: Attention, attended: Tensor) -> tuple[Tensor, Tensor]:
     return attention.out.forward(room), room.room.clone()
 
 
-def backward(attention: Attention, norm: Norm, batch: Batch, kept: Kept, da: Roomy, grads: Grads, *, need_dx: bool) -> Tensor | None:
-    """dxn [N, E] (None unless needed) from da [N, E]; records the gradients of the attention's parameters."""
+def backward(
+    attention: Attention, xn: Tensor | NormedInput, batch: Batch, kept: Kept, da: Roomy, grads: Grads, *, need_dx: bool
+) -> Tensor | None:
+    """dxn [N, E] (None unless needed) from da [N, E] and the input xn; records the gradients of the attention's parameters."""
     dattended = attention.out.backward_input(da)
     attention.out.record(grads, da.data, kept.p_out, da.room, kept.attended.reshape(-1, attention.q_width))
     q, k, v = _rotated(attention, batch, kept.qkv)
     saved = replace(kept.attention, q=q, k=k, v=v, out=kept.attended, lse=kept.lse)
-    dq, dk, dv = ops.attention_backward(dattended.view(kept.attended.shape), saved)
+    dq, dk, dv, *dsinks = ops.attention_backward(dattended.view(kept.attended.shape), saved)
+    if attention.sinks is not None and attention.sinks.requires_grad:
+        grads[attention.sinks] = dsinks[0].to(attention.sinks.dtype)
     dpacked = Roomy(batch.n, attention.q_width + 2 * attention.kv_width, attention.qkv.rank, like=dattended)
     q_raw, k_raw, _ = _heads(attention, batch, kept.qkv)
-    dws = ops.rotary_backward(dq, dk, dv, q_raw, k_raw, batch, attention, out=dpacked.data)
+    dws = turn_back(attention, batch, dq, dk, dv, q_raw, k_raw, out=dpacked.data)
     for head_norm, dw in zip((attention.q_norm, attention.k_norm), dws):
         if head_norm is not None and dw is not None and head_norm.weight.requires_grad:
             grads[head_norm.weight] = dw.to(head_norm.weight.dtype)
@@ -78,5 +83,5 @@ def backward(attention: Attention, norm: Norm, batch: Batch, kept: Kept, da: Roo
         dxn = attention.qkv.backward_input(dpacked)
     else:
         attention.qkv.backward_rank(dpacked)
-    attention.qkv.record(grads, dpacked.data, kept.p_qkv, dpacked.room, NormedInput(kept.x, kept.rstd_in, norm))
+    attention.qkv.record(grads, dpacked.data, kept.p_qkv, dpacked.room, xn)
     return dxn

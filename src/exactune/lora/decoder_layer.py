@@ -22,7 +22,7 @@ from torch import Tensor
 
 from exactune.kernels.attention_backends import Saved
 from exactune.lora import attention_part, mlp_part, ops
-from exactune.lora.group import Grads, Roomy
+from exactune.lora.group import Grads, NormedInput, Roomy
 from exactune.lora.parts import Batch, Layer, Norm
 
 DROPPED: Any = None
@@ -129,7 +129,7 @@ def backward(layer: Layer, batch: Batch, kept: Kept, dy: Tensor, *, need_dx: boo
     else:
         dm = Roomy.shaped_as(dy, layer.mlp.down.rank)
         _norm_backward(layer.post_mlp_norm, dy, kept.m, kept.rstd_m, grads, out=dm.data)
-    dsn = mlp_part.backward(layer.mlp, layer.mlp_norm, kept, dm, grads)
+    dsn = mlp_part.backward(layer.mlp, NormedInput(kept.s, kept.rstd_mlp, layer.mlp_norm), kept, dm, grads)
 
     out = layer.attention.out
     ds = Roomy.shaped_as(kept.x, out.rank)
@@ -139,7 +139,8 @@ def backward(layer: Layer, batch: Batch, kept: Kept, dy: Tensor, *, need_dx: boo
         da = Roomy.shaped_as(kept.x, out.rank)
         _norm_backward(layer.post_attention_norm, ds.data, kept.a, kept.rstd_a, grads, out=da.data)
     need_dx = need_dx or layer.input_norm.weight.requires_grad
-    dxn = attention_part.backward(layer.attention, layer.input_norm, batch, kept, da, grads, need_dx=need_dx)
+    xn = NormedInput(kept.x, kept.rstd_in, layer.input_norm)
+    dxn = attention_part.backward(layer.attention, xn, batch, kept, da, grads, need_dx=need_dx)
     if dxn is None:
         return None, grads
     # The layer below will want room behind this: hand on the buffer itself, alive until that layer has looked at it.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from exactune.lora import ops
 from exactune.lora.group import Grads, NormedInput, Roomy
-from exactune.lora.parts import Mlp, Norm
+from exactune.lora.parts import Mlp
 
 if TYPE_CHECKING:
     from exactune.lora.decoder_layer import Kept
@@ -47,8 +47,8 @@ def _activate(mlp: Mlp, gate_up: Tensor) -> Roomy:
     return h
 
 
-def backward(mlp: Mlp, norm: Norm, kept: Kept, dm: Roomy, grads: Grads) -> Tensor:
-    """dsn [N, E] from dm [N, E]; records the gradients of the MLP's parameters."""
+def backward(mlp: Mlp, sn: Tensor | NormedInput, kept: Kept, dm: Roomy, grads: Grads) -> Tensor:
+    """dsn [N, E] from dm [N, E] and the input sn; records the gradients of the MLP's parameters."""
     dgu = Roomy(dm.all.shape[0], 2 * mlp.inner, mlp.gate_up.rank, like=dm.all)
     dh = mlp.down.backward_input(dm)
     if mlp.down.rank and mlp.gate_up.rank and not mlp.down.trains_base:
@@ -57,7 +57,7 @@ def backward(mlp: Mlp, norm: Norm, kept: Kept, dm: Roomy, grads: Grads) -> Tenso
         db = None
         _activation_backward(mlp, kept, dh, dm, dgu, grads)
     dsn = mlp.gate_up.backward_input(dgu)
-    mlp.gate_up.record(grads, dgu.data, kept.p_gate_up, dgu.room, NormedInput(kept.s, kept.rstd_mlp, norm), db=db)
+    mlp.gate_up.record(grads, dgu.data, kept.p_gate_up, dgu.room, sn, db=db)
     return dsn
 
 

@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 
 if has_triton():  # the modules below import it; without it everything here runs on the reference
     from exactune.kernels import adapter_slots, gated, gated_lora, nf4, rotary, rotary_norm
+    from exactune.kernels import layer_norm as layer_norm_kernel
     from exactune.kernels import rms_norm as rms_norm_kernel
 
 
-def _vjp(fn: Callable, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def gradients(fn: Callable, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Gradients of `fn(*inputs)` for the upstream `grads`."""
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in inputs]
@@ -75,8 +76,17 @@ def rms_norm_backward(
         return rms_norm_kernel.rms_norm_backward(
             dy, x, weight, rstd, offset=norm.offset, cast=norm.cast, dres=dres, need_dw=need_dw, out=out
         )
-    dx, dw = _vjp(lambda a, w: reference.rms_norm(a, w, norm.eps, offset=norm.offset, cast=norm.cast), (x, weight), (dy,))
+    dx, dw = gradients(lambda a, w: reference.rms_norm(a, w, norm.eps, offset=norm.offset, cast=norm.cast), (x, weight), (dy,))
     return _into(out, dx if dres is None else dx + dres), dw if need_dw else None
+
+
+def layer_norm(x: Tensor, norm: Norm) -> Tensor:
+    """The centred norm of `x` [..., E] on its own, differentiable."""
+    weight, bias = norm.weight, getattr(norm.module, "bias", None)
+    weight = weight + norm.offset if norm.offset else weight
+    if kernels_run_on(x.device):
+        return layer_norm_kernel.layer_norm(x, weight, bias, norm.eps)
+    return reference.layer_norm(x, weight, bias, norm.eps)
 
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:
@@ -98,7 +108,7 @@ def gated_backward(dh: Tensor, gate: Tensor, up: Tensor, kind: GateKind, *, dgat
     if kernels_run_on(gate.device):
         gated.gated_backward(dh, gate, up, kind, dgate_out=dgate_out, dup_out=dup_out, h_out=h_out)
         return
-    dgate, dup = _vjp(lambda g, u: reference.gated(g, u, kind), (gate, up), (dh,))
+    dgate, dup = gradients(lambda g, u: reference.gated(g, u, kind), (gate, up), (dh,))
     h_out.copy_(reference.gated(gate, up, kind))
     dgate_out.copy_(dgate)
     dup_out.copy_(dup)
@@ -197,7 +207,7 @@ def rotary_backward(
         options = _rotary_options(attention, batch)
         return reference_rotary(q, k, batch.cos, batch.sin, **options | dict(zip(("q_norm_weight", "k_norm_weight"), weights)))
 
-    dq, dk, *dws = _vjp(turned, (q, k, *(norm.weight for norm in norms)), (dq, dk))
+    dq, dk, *dws = gradients(turned, (q, k, *(norm.weight for norm in norms)), (dq, dk))
     out.copy_(torch.cat([dq, dk, dv], dim=2).flatten(2).flatten(0, 1))
     return (dws[0], dws[1]) if dws else (None, None)
 
@@ -205,11 +215,11 @@ def rotary_backward(
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, attention: Attention, batch: Batch) -> Saved:
     """Softmax attention of q [B, T, H, D] and k, v [B, T, K, D], causal within each row: its output and what its backward needs."""
     return attention_kernel.attention_forward(
-        q, k, v, scale=attention.scale, window=attention.window, softcap=attention.softcap,
+        q, k, v, scale=attention.scale, window=attention.window, softcap=attention.softcap, sinks=attention.sinks,
         cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, deterministic=batch.deterministic,
     )[1]  # fmt: skip
 
 
 def attention_backward(dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
-    """(dq, dk, dv) in the shapes of q, k and v."""
+    """(dq, dk, dv) in the shapes of q, k and v, and the sinks' gradient [H] if there are sinks."""
     return attention_kernel.attention_backward(dout, saved)

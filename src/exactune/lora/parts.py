@@ -9,7 +9,7 @@ The layer computed is (sandwich norms only where the model has them):
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ from exactune.kernels.reference.gated import GateKind
 from exactune.kernels.reference.norm import NormCast
 from exactune.lora.group import Group, Roomy
 
+NormPlace = Literal["heads", "rows", "turned"]  # of q's and k's norms, see `rotation`
+
 
 @dataclass
 class Norm:
-    """RMS norm over the last dimension: `x / rms(x) * (offset + weight)`.
+    """RMS norm over the last dimension: `x / rms(x) * (offset + weight)`; LayerNorm, with the module's bias, if `centred`.
 
     `cast` names where the stock module rounds: "llama" before the weight, "gemma" after it.
     """
@@ -30,10 +32,11 @@ class Norm:
     eps: float
     offset: float = 0.0
     cast: NormCast = "llama"
+    centred: bool = False
 
     @property
     def weight(self) -> Tensor:
-        return self.module.weight
+        return getattr(self.module, "weight", None)  # type: ignore[return-value]  # None only for norms that stand alone
 
     def column_scale(self) -> Tensor:
         """What each column is multiplied by, `[E]`, float32 or wider."""
@@ -42,7 +45,7 @@ class Norm:
 
 @dataclass
 class Attention:
-    """Self-attention: projections, rotary embedding (with per-head norms before it, if any), softmax attention, output projection."""
+    """Self-attention: projections, rotary embedding and norms of q and k (see `rotation`), softmax attention, output projection."""
 
     qkv: Group
     out: Group
@@ -55,6 +58,19 @@ class Attention:
     k_norm: Norm | None = None
     window: int | None = None
     softcap: float | None = None
+    norm_place: NormPlace = "heads"
+    repeated_tables: bool = False  # cos and sin hold each angle twice in a row, not the row twice
+    sinks: Tensor | None = None  # [H], a logit each that carries no value
+
+    def bound(self, dtype: torch.dtype) -> Attention:
+        """The attention for one pass in `dtype`; see `Group.bound`."""
+        return replace(self, qkv=self.qkv.bound(dtype), out=self.out.bound(dtype))
+
+    def groups(self) -> list[Group]:
+        return [self.qkv, self.out]
+
+    def norms(self) -> list[Norm]:
+        return [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
 
     @property
     def q_width(self) -> int:
@@ -73,6 +89,13 @@ class Mlp:
     down: Group
     activation: GateKind
 
+    def bound(self, dtype: torch.dtype) -> Mlp:
+        """The MLP for one pass in `dtype`; see `Group.bound`."""
+        return replace(self, gate_up=self.gate_up.bound(dtype), down=self.down.bound(dtype))
+
+    def groups(self) -> list[Group]:
+        return [self.gate_up, self.down]
+
     @property
     def inner(self) -> int:
         return self.down.inputs
@@ -89,13 +112,10 @@ class Layer:
 
     def bound(self, dtype: torch.dtype) -> Layer:
         """The layer for one pass in `dtype`; see `Group.bound`."""
-        attention = replace(self.attention, qkv=self.attention.qkv.bound(dtype), out=self.attention.out.bound(dtype))
-        return replace(
-            self, attention=attention, mlp=replace(self.mlp, gate_up=self.mlp.gate_up.bound(dtype), down=self.mlp.down.bound(dtype))
-        )
+        return replace(self, attention=self.attention.bound(dtype), mlp=self.mlp.bound(dtype))
 
     def groups(self) -> list[Group]:
-        return [self.attention.qkv, self.attention.out, self.mlp.gate_up, self.mlp.down]
+        return [*self.attention.groups(), *self.mlp.groups()]
 
     def norms(self) -> list[Norm]:
         found = [self.input_norm, self.attention.q_norm, self.attention.k_norm, self.post_attention_norm, self.mlp_norm, self.post_mlp_norm]
