@@ -115,7 +115,8 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
     if args.profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as profile:
             step()
-        Path(args.profile).write_text(profile.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=90))
+        table = profile.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=90)
+        Path(args.profile).write_text(f"step {times[-1] * 1e3:.1f} ms, GPU busy {busy_ms(profile):.1f} ms\n{table}")
     seconds = statistics.median(times[WARM_UP : WARM_UP + args.steps])
     return {
         "kind": kind,
@@ -128,6 +129,16 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
         "losses": [round(x, 6) for x in losses[: args.steps + WARM_UP]],
         "grad_norms": [round(x, 6) for x in norms[: args.steps + WARM_UP]],
     }
+
+
+def busy_ms(profile) -> float:
+    """Milliseconds in which at least one kernel or copy was running."""
+    spans = sorted((e.time_range.start, e.time_range.end) for e in profile.events() if e.device_type.name == "CUDA")
+    total, reached = 0.0, 0.0
+    for start, end in spans:
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total / 1e3
 
 
 def provenance() -> dict:

@@ -39,21 +39,37 @@ class Record:
 class Windows:
     """Random or consecutive windows of the prepared streams, on the device."""
 
-    def __init__(self, path: Path, device: str, chat_share: float):
+    def __init__(self, path: Path, device: str, chat_share: float, copy_share: float):
         with np.load(path) as arrays:
             self.streams = {name: torch.from_numpy(arrays[name].astype(np.int16)).to(device) for name in arrays.files}
-        self.device, self.chat_share = device, chat_share
+        self.device, self.chat_share, self.copy_share = device, chat_share, copy_share
+        self.vocabulary = 1 + int(max(stream.max() for stream in self.streams.values()))
         self.offsets = torch.arange(CONTEXT + 1, device=device)
 
     def batch(self, rows: int) -> torch.Tensor:
-        """Token ids [rows, CONTEXT + 1]; the first `chat_share` of them are conversations."""
-        chats = round(rows * self.chat_share)
-        parts = []
-        for name, count in zip(STREAMS, (rows - chats, chats), strict=True):
+        """Token ids [rows, CONTEXT + 1]: plain text, conversations, and rows that can only be copied."""
+        chats, copies = round(rows * self.chat_share), round(rows * self.copy_share)
+        parts = [self.copies(copies)] if copies else []
+        for name, count in zip(STREAMS, (rows - chats - copies, chats), strict=True):
             stream = self.streams[name]
             starts = torch.randint(len(stream) - CONTEXT, (count, 1), device=self.device)
             parts.append(stream[starts + self.offsets])
         return torch.cat(parts).long()
+
+    def copies(self, rows: int) -> torch.Tensor:
+        """Rows of a few short segments, each coming again and again in random order: [rows, CONTEXT + 1].
+
+        Half of the segments are cut from plain text at random, half are random tokens. What comes next can only be known by looking
+        back to where the segment came before, which is how a transformer learns to copy what it has never seen
+        (Olsson et al. 2022, "In-context learning and induction heads").
+        """
+        length = int(torch.randint(3, 41, ()))
+        slots = -(-(CONTEXT + 1) // length)
+        pool = torch.randint(self.vocabulary, (rows, max(2, slots // 3), length), device=self.device)
+        starts = torch.randint(len(self.streams["plain"]) - length, (*pool[: rows // 2].shape[:2], 1), device=self.device)
+        pool[: rows // 2] = self.streams["plain"][starts + self.offsets[:length]].long()
+        picks = torch.randint(pool.shape[1], (rows, slots, 1), device=self.device).expand(-1, -1, length)
+        return pool.gather(1, picks).flatten(1)[:, : CONTEXT + 1]
 
     def consecutive(self, name: str, rows: int) -> torch.Tensor:
         """Up to `rows` windows that follow each other, for measuring: [n, CONTEXT + 1]."""
@@ -122,6 +138,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--warmup", type=int, default=200, help="steps")
     parser.add_argument("--chat-share", type=float, default=0.6)
+    parser.add_argument("--copy-share", type=float, default=0.0)
     parser.add_argument("--report-every", type=int, default=500, help="steps")
     parser.add_argument("--held-out-rows", type=int, default=1500, help="windows of each kind for the final perplexity")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
@@ -134,7 +151,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    windows = Windows(args.data / "ids.npz", device, args.chat_share)
+    windows = Windows(args.data / "ids.npz", device, args.chat_share, args.copy_share)
     model = new_model(args.shape, args.data / "tokenizer").to(device)
     before = {"steps": 0, "tokens": 0, "minutes": 0.0}
     if args.init:
