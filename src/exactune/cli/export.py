@@ -3,42 +3,101 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from exactune.evaluate.compression import Compression
 
 
 def export(
     target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run folder, adapter folder or model folder.")],
-    gguf: Annotated[list[str] | None, typer.Option("--gguf", metavar="LEVEL", help="f16, q8_0, q4_k_m, ...; once for each.")] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[LEVEL]...", help="Further levels, as in --gguf q8_0 q4_k_m.")] = None,
+    gguf: Annotated[list[str] | None, typer.Option("--gguf", metavar="LEVEL", help="f16, q8_0, q4_k_m, ...; left out, q8_0.")] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="The adapter alone, as a GGUF file to put on the base's.")] = False,
     to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="Folder to write into; left out, RUN_OR_MODEL/gguf.")] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option("--evaluate", metavar="FILE", help="Rows to measure the cost of compression on; left out, those the run held out."),
+    ] = None,
+    evaluate_rows: Annotated[int, typer.Option(min=0, help="Measure on the first so many of them; 0 measures nothing.")] = 64,
+    in_memory: Annotated[bool, typer.Option(help="Measure int8 and NF4 in memory as well, from a merged folder that goes again.")] = True,
     imatrix: Annotated[
-        Path | None, typer.Option("--imatrix", metavar="FILE", help="Text file, a sample a line, by which columns are weighed.")
+        str | None,
+        typer.Option("--imatrix", metavar="FILE|train", help="Weigh columns by the lines of a text file, or by the training rows."),
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None, typer.Option("--llama-cpp", metavar="DIR", help="Quantise with the llama-quantize of this llama.cpp.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of the same name.")] = False,
 ) -> None:
-    """Write GGUF files and an Ollama Modelfile, each file proven in llama.cpp.
+    """Write GGUF files, an Ollama Modelfile and a model card, each file proven in llama.cpp.
 
-    A file gets its name once its ids, stop tokens, chat template and logits agree with the model's.
+    A file gets its name once its ids, stop tokens, chat template and logits agree with the model's. What each level costs is
+    measured on held-out rows: size, perplexity, KL and the task itself.
     """
+    from exactune.cli.export_rows import importance_samples, run_of
     from exactune.cli.opening import open_model
-    from exactune.errors import DataError
     from exactune.export.gguf.engine import require
     from exactune.export.gguf.export import export_gguf
+    from exactune.export.gguf.installed import quantiser_of
     from exactune.train.quiet import quiet
 
     require()
-    texts = None
-    if imatrix is not None:
-        if not imatrix.is_file():
-            raise DataError(f"There is no file {imatrix}.", "Name a text file with one sample a line.")
-        texts = [line for line in imatrix.read_text(encoding="utf-8").splitlines() if line.strip()]
+    quantiser_of(llama_cpp)
+    run, folder, levels = run_of(target), to or Path(target) / "gguf", [*(gguf or ([] if lora else ["q8_0"])), *(more or [])]
     with quiet():
         model, tokenizer = open_model(target)
+        samples = importance_samples(imatrix, run, tokenizer) if imatrix else None
+        if lora:
+            from exactune.export.gguf.lora import export_lora
+
+            typer.echo(export_lora(model, tokenizer, folder, overwrite=overwrite).summary())
+        if not levels:
+            return
         report = export_gguf(
-            model, tokenizer, to or Path(target) / "gguf", quantization_method=gguf or ["q8_0"], overwrite=overwrite, imatrix=texts
-        )
-    typer.echo(report.summary())
+            model, tokenizer, folder, quantization_method=levels, overwrite=overwrite, imatrix=samples, llama_cpp=llama_cpp,
+            run=run.path if run else None,
+        )  # fmt: skip
+        typer.echo(report.summary())
+        if evaluate_rows:
+            measure(report, model, tokenizer, run, evaluate, evaluate_rows, in_memory)
+    typer.echo(f"Ollama: ollama create NAME -f {report.modelfile}")
+
+
+def measure(report: Any, model: Any, tokenizer: Any, run: Any, evaluate: str | None, count: int, in_memory: bool) -> None:
+    """Measure what each file costs, show it, and put it into the card."""
+    from exactune.cli.export_rows import held_out_rows, named_rows
+    from exactune.evaluate.compression import compression_cost
+    from exactune.evaluate.compression_report import write_report
+    from exactune.export.card import provenance_of
+
+    arguments, reason = (named_rows(evaluate, run, tokenizer, count), "") if evaluate else held_out_rows(run, tokenizer, count)
+    if arguments is None:
+        typer.echo(reason)
+        return
+    files = {level.path.name: level.path for level in report.levels}
+    cost = compression_cost(model, tokenizer, files, in_memory=in_memory, scratch=report.folder, **arguments)
+    card = write_report(report, provenance_of(model, run.path if run else None), cost)
+    show(cost)
+    typer.echo(f"Card {card}")
+
+
+def show(cost: Compression) -> None:
+    """The table, on the screen."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from exactune.evaluate.compression_report import columns
+
+    header, rows = columns(cost)
+    table = Table(*header, title=f"What compression cost, on {cost.rows} held-out rows")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    for note in cost.notes:
+        typer.echo(note)
 
 
 def check(

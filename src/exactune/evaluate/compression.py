@@ -74,9 +74,9 @@ def compression_cost(
 ) -> Compression:
     """Measure GGUF `files` (name -> path) in llama.cpp, and int8 and NF4 of bitsandbytes in memory, against `model`.
 
-    `rows`: anything that `exactune.data.prepare` takes; the first `max_rows` are scored at their trained tokens, the first
-    `generate_rows` of those answered. `in_memory`: merge into a folder beside `scratch` for the time being, and measure that in
-    16 bits, int8 and NF4 too. A form that does not fit into memory, or whose library is missing, becomes a note.
+    `rows`: what `exactune.data.prepare` gave, or anything it takes, of which the first `max_rows` are scored, at their trained
+    tokens; the first `generate_rows` of them are answered. `in_memory`: measure the merged model in 16 bits, int8 and NF4 too,
+    from a folder inside `scratch` that goes again. A form that does not fit into memory, or whose library is missing, becomes a note.
 
     Raises:
         DataError: the rows cannot be read, or have nothing to learn.
@@ -115,9 +115,11 @@ class _Exam:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, rows: Any, max_length: int, max_rows: int, generate_rows: int, max_new_tokens: int) -> _Exam:
-        read = rows if isinstance(rows, Rows) else read_rows(rows)
-        limit = min(max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length)
-        prepared = prepare(read.keep(list(range(min(max_rows, len(read))))), tokenizer, max_length=limit)
+        prepared = rows
+        if not isinstance(rows, Prepared):
+            read = rows if isinstance(rows, Rows) else read_rows(rows)
+            limit = min(max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length)
+            prepared = prepare(read.keep(list(range(min(max_rows, len(read))))), tokenizer, max_length=limit)
         sequences = []
         for row in prepared.dataset:
             labels = labels_of(row)

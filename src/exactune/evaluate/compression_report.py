@@ -69,8 +69,9 @@ def _points(axes: Any, forms: list[FormCost], heights: list[float]) -> None:
 
 def cost_section(cost: Compression) -> str:
     """The table with what it was measured on, and the plot."""
+    of_what = f" of `{cost.source}`" if cost.source else ""
     measured = (
-        f"On {cost.rows:,} held-out rows ({cost.tokens:,} trained tokens, {cost.answers:,} greedy answers; "
+        f"On {cost.rows:,} held-out rows{of_what} ({cost.tokens:,} trained tokens, {cost.answers:,} greedy answers; "
         f"fingerprint `{cost.fingerprint[:16]}`). KL and the top token are against the first line."
     )
     notes = "".join(f"\n- {note}" for note in cost.notes)

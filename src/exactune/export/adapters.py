@@ -112,12 +112,16 @@ class LowRank:
     def identity(self) -> tuple:
         return (frozenset(storage_key(t) for t in self.tensors), self.scaling)
 
-    def bind(self, base: torch.Tensor, ledger: Ledger) -> Bound:
-        a, b = (ledger.take(t).to(base.device).float() for t in (self.a, self.b))
+    def sides(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """left [M, rows, R] and right [M, R, columns] of the update, as the base weight lies."""
         # experts: A [M*R, in]; B [out, R*M], the expert running fastest
         a = a.reshape(self.matrices, -1, a.shape[-1])
         b = b.reshape(b.shape[0], -1, self.matrices).permute(2, 0, 1)
-        left, right = (b, a) if self.layout == "out_in" else (a.transpose(1, 2), b.transpose(1, 2))
+        return (b, a) if self.layout == "out_in" else (a.transpose(1, 2), b.transpose(1, 2))
+
+    def bind(self, base: torch.Tensor, ledger: Ledger) -> Bound:
+        a, b = (ledger.take(t).to(base.device).float() for t in (self.a, self.b))
+        left, right = self.sides(a, b)
         if self.magnitude is None:
             return _BoundLowRank(left, right, self.scaling)
         magnitude = ledger.take(self.magnitude).to(base.device).float()
