@@ -99,6 +99,7 @@ def token_logprobs(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     valid_rows: ValidRows | None = None,
+    static_shapes: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probability of each label, entropy in nats, whether the label's logit is the largest), each [N]; 0 and False where ignored.
 
@@ -109,12 +110,12 @@ def token_logprobs(
     trained = any(t is not None and t.requires_grad for t in (weight, bias, lora_a, lora_b))
     if kernels_run_on(hidden.device) and not trained and lora_a is None:
         terms = LossTerms(softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index)
-        index = rows_to_compute(labels, ignore_index, valid_rows, static_shapes=False)
+        index = rows_to_compute(labels, ignore_index, valid_rows, static_shapes)
         inputs = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
         return TokenLogprobs.apply(*inputs, labels.contiguous(), terms, index, None)
     logp, entropy = linear_logprobs(
         hidden, weight, labels, bias=bias, lora_a=lora_a, lora_b=lora_b, lora_scale=lora_scale, softcap=softcap,
-        logit_scale=logit_scale, ignore_index=ignore_index, entropy=True, valid_rows=valid_rows,
+        logit_scale=logit_scale, ignore_index=ignore_index, entropy=True, valid_rows=valid_rows, static_shapes=static_shapes,
     )  # fmt: skip
     assert entropy is not None
     cast = [None if t is None else t.detach().to(dtype) for t in (weight, bias, lora_a, lora_b)]

@@ -121,3 +121,8 @@ class StackedWeight:
             ops.fill_slots(self._home, adapters, self.rows, self.inputs)
             self._filled_by = weakref.ref(owner)
         return self._home
+
+    def claim(self, owner: object) -> None:
+        """Note that the slots hold the adapters of `owner`'s pass: a replayed graph has filled them."""
+        if self._home is not None and self.rank:
+            self._filled_by = weakref.ref(owner)

@@ -21,6 +21,7 @@ from exactune.models.anatomy import Unrecognised, base_of, read_layer, read_norm
 from exactune.models.causal_loss import CausalForward, Head, rename_trl_request
 from exactune.models.fused_layer import FusedLayer, Shared, stock_mask
 from exactune.models.notes import base_model, bind, unbind
+from exactune.models.replay import CudaCapture, Passes
 from exactune.models.verify import Proof, prove
 
 
@@ -36,6 +37,7 @@ class Report:
     proofs: list[Proof] = field(default_factory=list)
     stock: Counter[str] = field(default_factory=Counter)  # reason -> parts left stock
     stock_calls: Counter[str] = field(default_factory=Counter)  # reason -> calls that ran stock after the swap, live
+    passes: Passes | None = None  # recordings of small batches, live
 
     def summary(self) -> str:
         """One line: `32/32 layers, 65/65 norms, head fused; 0 stock`."""
@@ -43,6 +45,7 @@ class Report:
         return (
             f"{self.fused_layers}/{self.layers} attention, {self.fused_layers}/{self.layers} MLP, {self.fused_norms}/{self.norms} norms, "
             f"head {self.head}; {sum(self.stock.values())} stock{reasons}"
+            + ("; small batches in CUDA graphs" if self.passes is not None else "")
         )
 
 
@@ -62,12 +65,13 @@ class Acceleration:
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, Acceleration] = weakref.WeakKeyDictionary()
 
 
-def accelerate(model: Any, *, verify: bool = True, deterministic: bool = False) -> Report:
+def accelerate(model: Any, *, verify: bool = True, deterministic: bool = False, cuda_graphs: bool = True) -> Report:
     """Swap the fast parts into `model`, a causal language model of transformers, with or without PEFT adapters.
 
     One layer of each distinct signature is compared with its stock form, in outputs and gradients (`verify=False` skips
     that); what is not recognised or does not pass stays stock and is named in the report. `deterministic` keeps to attention
-    backends that give the same bits twice. Calling it again starts afresh from the stock model.
+    backends that give the same bits twice. `cuda_graphs` lets small batches that come again in the same shape be recorded and
+    replayed (GPU; see `exactune.models.replay`). Calling it again starts afresh from the stock model.
 
     Raises:
         ModelError: `model` is no causal language model of transformers.
@@ -92,6 +96,9 @@ def accelerate(model: Any, *, verify: bool = True, deterministic: bool = False) 
         state.layers = fused
         _install_final_norm(decoder, state)
         _install_head(base, decoder, state)
+        if cuda_graphs and base.device.type == "cuda" and state.head is not None and state.head.all_fused:
+            state.head.passes = Passes(base, [g for layer in fused for g in layer.parts.groups()], CudaCapture(base.device))
+            report.passes = state.head.passes
     except BaseException:
         _take_back(base, state)
         raise
@@ -126,6 +133,8 @@ def _take_back(base: Any, state: Acceleration) -> None:
     unbind(base, "save_pretrained")
     if state.head is not None:
         state.head.active = False  # a trainer may hold it inside a wrapper of its own
+        if state.head.passes is not None:
+            state.head.passes.clear()
         if base.__dict__.get("forward") is state.head:
             del base.forward
     for layer in state.layers:

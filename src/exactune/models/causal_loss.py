@@ -4,64 +4,27 @@ With labels, the hidden states go straight into the fused head; the output's `lo
 labels the stock forward runs (over the accelerated layers). TRL's trainers ask for per-token log-probabilities instead of a loss
 (`fused_lm_head=True`, handled by a wrapper that TRL puts around this forward); a forward pre-hook renames that request to
 `token_log_probs=True`, so that it passes the wrapper and is served here, by one fused head instead of two.
+
+Small batches that come again in the same shape are recorded and replayed (`replay`). Their rows are filled up to a multiple of
+`BUCKET` tokens that nobody learns from and, behind a causal mask, nobody sees.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from exactune.kernels.head import ValidRows
 from exactune.kernels.linear_cross_entropy import linear_cross_entropy
 from exactune.kernels.token_logprobs import token_logprobs
 from exactune.lora.live import Adapter, Unreadable, read_projection
 from exactune.models.fused_layer import CAUSAL, Shared
-
-
-class Deferred:
-    """Logits that nobody has asked for yet."""
-
-    def __init__(self, compute: Callable[[], Tensor]):
-        self._compute = compute
-
-    def __call__(self) -> Tensor:
-        return self._compute()
-
-
-@dataclass
-class CausalLMOutput(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast` whose logits are computed when they are first read, as an attribute, by key or by position."""
-
-    def __getattribute__(self, name: str) -> Any:
-        value = super().__getattribute__(name)
-        if name == "logits" and isinstance(value, Deferred):
-            self.logits = value = value()
-        return value
-
-    def __getitem__(self, key: Any) -> Any:
-        if key == "logits":
-            return self.logits
-        return super().__getitem__(key)
-
-    def to_tuple(self) -> tuple:
-        return tuple(getattr(self, key) for key in self.keys())
-
-
-@dataclass
-class TokenLogProbs(CausalLMOutputWithPast):
-    """Per-token results in the shape TRL's trainers read: `[B, T-1]`, zero where there is no label."""
-
-    log_probs: Tensor | None = None
-    entropy: Tensor | None = None
-    is_top1: Tensor | None = None
-    label_mask: Tensor | None = None
-    aux_loss: Tensor | None = None
+from exactune.models.outputs import CausalLMOutput, Deferred, TokenLogProbs
+from exactune.models.replay import Inputs, Passes, launch_bound
 
 
 @dataclass
@@ -99,8 +62,16 @@ class Head:
         }
 
 
+BUCKET = 64  # tokens a row; packed rows are one row of many times that
+DOCUMENTS = 32  # rows in a packed one are counted up to a multiple of this, the missing ones empty
+REPLAYABLE = {"input_ids", "attention_mask", "position_ids", "return_dict", "seq_idx"}  # `seq_idx` is for layers without attention
+REPLAYABLE |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+
+
 class CausalForward:
-    """Replaces the `forward` of one causal language model instance."""
+    """Replaces the `forward` of one causal language model instance. `passes` holds what may be replayed; None records nothing."""
+
+    passes: Passes | None = None
 
     def __init__(self, model: Any, decoder: Any, head: Head, shared: Shared, layers: list[Any], all_fused: bool):
         self.model, self.decoder, self.head = model, decoder, head
@@ -147,44 +118,91 @@ class CausalForward:
 
     def _fused(self, labels: Tensor, options: dict[str, Any], token_log_probs: bool, **kwargs: Any) -> Any:
         num_items = kwargs.pop("num_items_in_batch", None)
-        shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
-        valid = ValidRows(shifted)  # asked now, so that the answer is there when the head needs it
+        kwargs.pop("logits_to_keep", None)
         if kwargs.get("use_cache") is None:
             kwargs["use_cache"] = False
-        kwargs["attention_mask"] = self._mask(labels, kwargs)
-        kwargs.pop("logits_to_keep", None)
+        shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        mask = kwargs["attention_mask"] = self._mask(labels, kwargs)
+        if mask is CAUSAL and self._replayable(labels, kwargs):
+            found = self._replayed(shifted, options, token_log_probs, num_items, kwargs)
+            if found is not None:
+                if token_log_probs:
+                    return self._per_token(found, labels, num_items)
+                return CausalLMOutput(loss=found[0], logits=Deferred(lambda: self._logits(kwargs)))  # type: ignore[arg-type]
+        valid = ValidRows(shifted.reshape(-1))  # asked now, so that the answer is there when the head needs it
         outputs = self.decoder(**kwargs)
         hidden = outputs.last_hidden_state
-        flat = hidden.reshape(-1, hidden.shape[-1])
+        found = self._head(hidden, shifted, options, token_log_probs, num_items, valid_rows=valid)
+        rest = {name: getattr(outputs, name) for name in ("hidden_states", "attentions", "past_key_values")}
+        if token_log_probs:
+            return self._per_token(found, labels, num_items, **rest)
+        return CausalLMOutput(loss=found[0], logits=Deferred(lambda: self.head.logits(hidden)), **rest)  # type: ignore[arg-type]
+
+    def _head(
+        self, hidden: Tensor, shifted: Tensor, options: dict[str, Any], token_log_probs: bool, num_items: Any, **how: Any
+    ) -> tuple[Tensor, ...]:
+        """(loss,), or (log-probability, entropy, whether the label came first) of each position `[B, T]`."""
+        flat, targets = hidden.reshape(-1, hidden.shape[-1]), shifted.reshape(-1)
         with torch.autocast(hidden.device.type, enabled=False):
             if token_log_probs:
-                return self._per_token(flat, labels, shifted, options, valid, num_items, outputs)
-            loss = linear_cross_entropy(flat, labels=shifted, num_items_in_batch=num_items, valid_rows=valid, **options)
+                return tuple(t.view(shifted.shape) for t in token_logprobs(flat, labels=targets, **how, **options))
+            loss = linear_cross_entropy(flat, labels=targets, num_items_in_batch=num_items, **how, **options)
         assert isinstance(loss, Tensor)
-        return CausalLMOutput(
-            loss=loss,
-            logits=Deferred(lambda: self.head.logits(hidden)),  # type: ignore[arg-type]
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            past_key_values=outputs.past_key_values,
-        )
+        return (loss,)
 
-    def _per_token(
-        self, flat: Tensor, labels: Tensor, shifted: Tensor, options: dict[str, Any], valid: ValidRows, num_items: Any, outputs: Any
-    ) -> TokenLogProbs:
-        rows, tokens = labels.shape
-        found = token_logprobs(flat, labels=shifted, valid_rows=valid, **options)
-        log_probs, entropy, is_top1 = (t.view(rows, tokens)[:, :-1] for t in found)
+    def _replayable(self, labels: Tensor, kwargs: dict[str, Any]) -> bool:
+        if self.passes is None or (self.shared.cu_seqlens is not None and labels.shape[0] > 1):
+            return False
+        asked = {name for name, value in kwargs.items() if value is not None and value is not False}
+        return "input_ids" in asked and asked <= REPLAYABLE and launch_bound(labels.numel(), self.layers[0])
+
+    def _replayed(
+        self, shifted: Tensor, options: dict[str, Any], token_log_probs: bool, num_items: Any, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, ...] | None:
+        """The same through a recorded pass, or None where there is none and may be none."""
+        assert self.passes is not None
+        T, longest, packed = shifted.shape[1], 0, (self.shared.cu_seqlens, self.shared.max_seqlen)
+        inputs = {"input_ids": _filled_up(kwargs["input_ids"], 0), "shifted": _filled_up(shifted, -100)}
+        if kwargs.get("position_ids") is not None:
+            inputs["position_ids"] = _filled_up(kwargs["position_ids"], 0)
+        if packed[0] is not None and packed[1] is not None:
+            inputs["cu_seqlens"] = _counted_up(packed[0], inputs["input_ids"].numel())
+            longest = 1 << (max(packed[1], BUCKET) - 1).bit_length()
+        if num_items is not None:
+            inputs["num_items"] = torch.as_tensor(num_items, dtype=torch.float32).reshape(())
+
+        def compute(inputs: Inputs) -> tuple[Tensor, ...]:
+            self.shared.cu_seqlens, self.shared.max_seqlen = inputs.get("cu_seqlens"), longest or None
+            hidden = self.decoder(
+                input_ids=inputs["input_ids"], attention_mask=CAUSAL, position_ids=inputs.get("position_ids"), use_cache=False
+            ).last_hidden_state
+            num_items = inputs.get("num_items")
+            return self._head(hidden, inputs["shifted"], options, token_log_probs, num_items, static_shapes=True)
+
+        kind = (token_log_probs, self.shared.recompute, self.shared.deterministic, longest)
+        found = self.passes.run(kind, {name: t.to(shifted.device, non_blocking=True) for name, t in inputs.items()}, compute)
+        self.shared.cu_seqlens, self.shared.max_seqlen = packed
+        return tuple(t[:, :T] if t.dim() else t for t in found) if found else None
+
+    def _logits(self, kwargs: dict[str, Any]) -> Tensor:
+        """The logits of a pass that was replayed, computed anew: a recording keeps no hidden states that anybody could learn through."""
+        if self.passes is not None:
+            self.passes.clear()
+            self.passes = None  # they would be read at every step
+        try:
+            if kwargs.get("cu_seq_lens_q") is not None:
+                self.shared.cu_seqlens, self.shared.max_seqlen = kwargs["cu_seq_lens_q"].to(torch.int32), int(kwargs["max_length_q"])
+            return self.head.logits(self.decoder(**kwargs).last_hidden_state)
+        finally:
+            self.shared.release()
+
+    @staticmethod
+    def _per_token(found: tuple[Tensor, ...], labels: Tensor, num_items: Any, **rest: Any) -> TokenLogProbs:
+        log_probs, entropy, is_top1 = (t[:, :-1] for t in found)
         mask = labels[:, 1:] != -100
         count = mask.sum().clamp(min=1) if num_items is None else num_items
-        return TokenLogProbs(
-            loss=-log_probs.sum() / count,
-            log_probs=log_probs,
-            entropy=entropy,
-            is_top1=is_top1,
-            label_mask=mask,
-            hidden_states=outputs.hidden_states,
-        )
+        loss = -log_probs.sum() / count
+        return TokenLogProbs(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask, **rest)
 
     def _stock_per_token(self, labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> TokenLogProbs:
         """The same from real logits, for a head that the fused one cannot serve."""
@@ -215,6 +233,16 @@ class CausalForward:
         if mask.dim() == 2 and positions is None and _only_right_padding(mask, labels):
             return CAUSAL
         return mask
+
+
+def _filled_up(rows: Tensor, value: int) -> Tensor:
+    """`rows` [B, T] with columns of `value` up to a multiple of `BUCKET`."""
+    return nn.functional.pad(rows, (0, -rows.shape[1] % BUCKET), value=value)
+
+
+def _counted_up(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """`cu_seqlens` with the filling as one more document and empty ones up to a multiple of `DOCUMENTS`, plus one."""
+    return nn.functional.pad(cu_seqlens, (0, DOCUMENTS - (len(cu_seqlens) - 1) % DOCUMENTS), value=tokens)
 
 
 def _only_right_padding(mask: Tensor, labels: Tensor) -> bool:

@@ -1,0 +1,239 @@
+"""Training passes that come again in the same shape, recorded once as CUDA graphs and replayed.
+
+On a small batch the host is the bottleneck: a 1B model at 512 tokens is some 1,500 kernel launches for 8 ms of work. A recorded pass is two
+launches: one graph for the forward, one for the backward, between which anything may happen (a loss of the trainer's own, a
+scaled gradient). Learning rates, clipping, accumulation and optimizers stay outside and are free to change.
+
+A recording reads the weights and adapters where they lie, so updates in place are seen. What would make it wrong is part of
+its key: shapes, autocast, which adapters are active, merged or switched off and their scales, where every trained tensor lies,
+hooks. A new key runs eagerly until it has come `SEEN_BEFORE` times; what cannot be recorded goes on eagerly, and `refused` says why.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from exactune.lora.group import Group
+
+SEEN_BEFORE = 2  # eager passes of a key before it is recorded: shapes that never come again are not worth it
+MOST = 12  # recordings a model; each holds the activations of its pass
+LAUNCH_BOUND = 2e12  # operations a layer and step, about 4 ms on the fastest GPUs: beyond, launches hide behind the work
+
+HARMLESS_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")  # transformers' and PEFT's, for checkpointing
+
+Inputs = dict[str, Tensor]
+Compute = Callable[[Inputs], tuple[Tensor, ...]]  # its first result is differentiable in what is trained
+
+
+class Capture(Protocol):
+    """How functions are recorded; `CudaCapture` is the real one."""
+
+    def warm_up(self, run: Callable[[], Any]) -> None: ...
+
+    def record(self, run: Callable[[], tuple]) -> tuple[Callable[[], None], tuple]:
+        """(a function that does it again, into the same tensors; the results)."""
+
+
+class CudaCapture:
+    """Records CUDA graphs, all from one stream and one memory pool: they replace each other's temporary tensors."""
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, run: Callable[[], Any]) -> None:
+        """Run it for real on the recording stream: compiles, plans and scratch buffers may not be made while recording."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            run()
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def record(self, run: Callable[[], tuple]) -> tuple[Callable[[], None], tuple]:
+        graph = torch.cuda.CUDAGraph()
+        # Only this thread has to behave: a data loader's thread may pin memory meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            results = run()
+        return graph.replay, results
+
+
+class Recording:
+    """One recorded pass. Its outputs are overwritten by the next replay of any recording, so they are copied out at once."""
+
+    def __init__(self, compute: Compute, inputs: Inputs, trained: Sequence[Tensor], groups: list[Group], capture: Capture):
+        self.trained = trained
+        self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+        self._groups = groups
+        self._open: Callable[[], object | None] = lambda: None
+        live: list[tuple[Tensor, ...]] = []
+
+        def forward() -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                live.append(compute(self._inputs))
+            return tuple(t.detach() for t in live[-1])
+
+        def backward() -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(live.pop()[0], trained, self._upstream, allow_unused=True)
+
+        def both() -> None:
+            self._upstream = torch.ones_like(forward()[0])
+            backward()
+
+        capture.warm_up(both)
+        self._forward, self._outputs = capture.record(forward)
+        self._backward, self._gradients = capture.record(backward)
+
+    @property
+    def waiting(self) -> bool:
+        """True between a replayed forward and its backward: another forward now would overwrite what that backward needs."""
+        return self._open() is not None
+
+    def forward(self, inputs: Inputs, token: object) -> tuple[Tensor, ...]:
+        """The outputs for `inputs`, copied; the recording waits for its backward for as long as `token` lives."""
+        for name, place in self._inputs.items():
+            place.copy_(inputs[name], non_blocking=True)
+        self._forward()
+        for group in self._groups:
+            group.claim_slots()
+        self._open = weakref.ref(token)
+        return tuple(t.clone() for t in self._outputs)
+
+    def backward(self, upstream: Tensor) -> list[Tensor | None]:
+        """The gradients of `trained` for the last forward, copied."""
+        for group in self._groups:
+            group.restore_slots()
+        self._upstream.copy_(upstream)
+        self._backward()
+        self._open = lambda: None
+        there = [g for g in self._gradients if g is not None]
+        copies = iter(torch._foreach_mul(there, 1.0))  # autograd would keep the tensors themselves, or clone them one by one
+        return [None if g is None else next(copies) for g in self._gradients]
+
+
+class _Token:
+    """Lives as long as somebody may still call a pass's backward."""
+
+
+class Replay(torch.autograd.Function):
+    """(first output, differentiable; the others) of a recorded pass; `trained` are listed for autograd alone."""
+
+    @staticmethod
+    def forward(ctx: Any, recording: Recording, inputs: Inputs, *trained: Tensor) -> tuple[Tensor, ...]:
+        ctx.recording, ctx.token = recording, _Token()
+        outputs = recording.forward(inputs, ctx.token)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple:
+        if ctx.token is None:
+            raise RuntimeError(
+                "Trying to backward through a replayed pass a second time; accelerate(model, cuda_graphs=False) keeps its graph."
+            )
+        ctx.token = None
+        return None, None, *ctx.recording.backward(upstream)
+
+
+class Passes:
+    """The recorded passes of one accelerated model."""
+
+    def __init__(self, model: nn.Module, groups: list[Group], capture: Capture):
+        self.refused: Counter[str] = Counter()  # reason -> keys that go on eagerly
+        self._model, self._capture = weakref.ref(model), capture
+        self._groups = groups
+        self._seen: Counter[Hashable] = Counter()
+        self._recordings: dict[Hashable, Recording | None] = {}
+        self._adapted: list[Any] = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "active_adapters")]
+        factors = {id(p) for m in self._adapted for part in (m.lora_A, m.lora_B) for p in part.parameters()}
+        self._others = [p for p in model.parameters() if id(p) not in factors]
+        self._embedding = model.get_input_embeddings()  # type: ignore[operator]
+
+    def __len__(self) -> int:
+        return sum(recording is not None for recording in self._recordings.values())
+
+    def run(self, kind: Hashable, inputs: Inputs, compute: Compute) -> tuple[Tensor, ...] | None:
+        """`compute(inputs)` replayed, or None where this pass has to run eagerly. `kind` stands for all else that `compute` depends on."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return None  # somebody records a graph of their own
+        if any(p.requires_grad for p in self._others):
+            return None  # gradients as large as the weights are not worth a second set
+        device = self._embedding.weight.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        key = kind, autocast, tuple((n, tuple(t.shape), t.dtype) for n, t in inputs.items()), self._adapters()
+        if key not in self._recordings:
+            self._seen[key] += 1
+            if self._seen[key] <= SEEN_BEFORE or len(self._recordings) >= MOST:
+                return None
+            self._recordings[key] = self._record(compute, inputs)
+        recording = self._recordings[key]
+        if recording is None or recording.waiting:
+            return None
+        return Replay.apply(recording, inputs, *recording.trained)
+
+    def clear(self) -> None:
+        """Forget every recording and free its memory."""
+        self._recordings.clear()
+        self._seen.clear()
+
+    def _adapters(self) -> tuple:
+        """Everything about the adapters and hooks that a recording has burnt in; read at every pass, so it has to be cheap."""
+        found: list[Any] = [len(self._embedding._forward_hooks), self._embedding.weight.data_ptr()]
+        for module in self._adapted:
+            found.append(
+                (module.disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters), len(module._forward_hooks))
+            )
+            for name in module.active_adapters:
+                if name in module.lora_A:
+                    a, b = module.lora_A[name].weight, module.lora_B[name].weight
+                    found.append((module.scaling[name], a.data_ptr(), b.data_ptr(), a.requires_grad, b.requires_grad, module.training))
+        return tuple(found)
+
+    def _record(self, compute: Compute, inputs: Inputs) -> Recording | None:
+        model = self._model()
+        assert model is not None
+        trained = [p for p in model.parameters() if p.requires_grad]
+        why = _obstacle(model)
+        if why is None:
+            try:
+                groups = [group.bound(_dtype_of(model)) for group in self._groups]
+                return Recording(compute, inputs, trained, groups, self._capture)
+            except torch.OutOfMemoryError:
+                why = "no memory to hold a second set of activations"
+            except RuntimeError as error:  # an operation that waits for the GPU, or that a capture does not allow
+                why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+        self.refused[why] += 1
+        return None
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of the activations: that of the norms, which are never quantised."""
+    return next(p.dtype for p in model.parameters() if p.dim() == 1)
+
+
+def _obstacle(model: Any) -> str | None:
+    """Why no pass of this model can be recorded, or None."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        return "rotary frequencies that depend on the batch"
+    for name, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if module is not model and any(getattr(hook, "__name__", "") not in HARMLESS_HOOKS for hook in hooks):
+            return f"hooks on {name}, which a replay would not call"
+        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+            return f"dropout in {name}"
+    return None
+
+
+def launch_bound(tokens: int, layer: nn.Module) -> bool:
+    """Whether a training step of `tokens` tokens keeps the host busier than a fast GPU; 4 operations a token and frozen weight."""
+    weights = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in layer.parameters())
+    return 4.0 * tokens * weights < LAUNCH_BOUND
