@@ -6,99 +6,92 @@ Forward, with N tokens and room for the adapters' ranks behind every activation 
     s  = x + a,  sn = norm(s)     g, u = sn Wᵀ + P (sB)ᵀ           h = act(g) ∘ u        y = s + h Wᵀ + P (sB)ᵀ
 
 Kept for the backward: what is dear to compute again (the inputs of attention, its output and log-sum-exp, g and u, s, and each P,
-which is only R wide); xn, sn and h are cheap and never kept. Under `recompute` only x, attention's output and log-sum-exp and the P's are
-kept: q, k, v, a, g and u are made again from them, which spares attention and the down projection the second forward.
+which is only R wide); xn, sn and h are cheap and never kept. A policy (`keeping`) has some of it made again or sent to host memory.
+Everything but attention itself goes over tiles of the rows (`Batch.tiles`, one tile unless told otherwise), so that g, u and their
+gradients exist a tile at a time.
 
 The adapters' gradients need xn only through P'ᵀ xn, which the norm's saved 1/rms turns into a product with x itself (`group.NormedInput`).
+What was made again, or fetched, belongs to this backward alone: its memory takes the gradients.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from exactune.kernels.attention_backends import Saved
 from exactune.lora import attention_part, mlp_part, ops
-from exactune.lora.group import Grads, NormedInput, Roomy
+from exactune.lora.group import Grads, NormedInput, Roomy, add_grad, filled_once
+from exactune.lora.keeping import LEANEST, Luggage, Policy, Store, carrying
+from exactune.lora.kept import AFTER_ATTENTION, DROPPED, TENSORS, Kept
 from exactune.lora.parts import Batch, Layer, Norm
 
-DROPPED: Any = None
 
-
-@dataclass
-class Kept:
-    """The activations of one layer that its backward reads; `DROPPED` where a policy has them made again, or the model has no such part."""
-
-    x: Tensor = DROPPED  # [N, E]
-    rstd_in: Tensor = DROPPED  # [N] float32
-    qkv: Tensor = DROPPED  # [N, (H+2K)D], rotated unless there are per-head norms
-    attended: Tensor = DROPPED  # [B, T, H, D]
-    lse: Tensor | None = None  # attention's log-sum-exp, where its backend has one
-    p_qkv: Tensor = DROPPED  # [N, R]
-    p_out: Tensor = DROPPED  # [N, R]
-    a: Tensor = DROPPED  # [N, E], only under a norm after attention
-    rstd_a: Tensor = DROPPED
-    s: Tensor = DROPPED  # [N, E]
-    rstd_mlp: Tensor = DROPPED
-    gate_up: Tensor = DROPPED  # [N, 2F]
-    p_gate_up: Tensor = DROPPED  # [N, R]
-    p_down: Tensor = DROPPED  # [N, R]
-    m: Tensor = DROPPED  # [N, E], only under a norm after the MLP
-    rstd_m: Tensor = DROPPED
-    attention: Saved = DROPPED  # the rest of what attention's backend wants back; holds none of the tensors above
-
-    def drop(self, *names: str) -> None:
-        for name in names:
-            setattr(self, name, DROPPED)
-
-    def tensors(self) -> list[Tensor | None]:
-        return [getattr(self, f.name) for f in fields(self) if f.name != "attention"]
-
-
-RECOMPUTED = ("rstd_in", "qkv", "rstd_a", "a", "s", "rstd_mlp", "gate_up")
-
-
-def forward(layer: Layer, batch: Batch, x: Tensor) -> tuple[Tensor, Kept]:
-    """y [N, E] of x [N, E], and everything the backward could want."""
+def forward(layer: Layer, batch: Batch, x: Tensor, policy: Policy) -> tuple[Tensor, Kept]:
+    """y [N, E] of x [N, E], and what `policy` keeps."""
     kept = Kept(x=x)
-    _attention_half(layer, batch, kept)
-    sn = _between(layer, kept)
-    m, kept.gate_up, kept.p_gate_up, kept.p_down = mlp_part.forward(layer.mlp, sn)
-    if layer.post_mlp_norm is not None:
-        kept.m, (m, kept.rstd_m) = m, ops.rms_norm_forward(m, layer.post_mlp_norm)
-    return kept.s + m, kept
+    _attention_inputs(layer, batch, kept)
+    _attend(layer, batch, kept, policy)
+    flat = _flat(layer, kept)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    stays = [name for name in AFTER_ATTENTION if name not in policy.dropped]
+    with filled_once(layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
+        for rows in batch.tiles():
+            tile = kept.tile(rows)
+            sn = _between(layer, tile, flat[rows])
+            m, tile.gate_up, tile.p_gate_up, tile.p_down = mlp_part.forward(layer.mlp, sn)
+            if layer.post_mlp_norm is not None:
+                tile.m, (m, tile.rstd_m) = m, ops.rms_norm_forward(m, layer.post_mlp_norm)
+            torch.add(tile.s, m, out=y[rows])
+            kept.take(rows, tile, stays)
+    kept.drop(policy.dropped)
+    return y, kept
 
 
-def _attention_half(layer: Layer, batch: Batch, kept: Kept) -> None:
-    """Fill `kept` from x up to the attention's output projection (`kept.a`, before any norm on it)."""
-    xn = Roomy.shaped_as(kept.x, layer.attention.qkv.rank)
-    _, kept.rstd_in = ops.rms_norm_forward(kept.x, layer.input_norm, out=xn.data)
-    kept.qkv, kept.p_qkv = attention_part.project(layer.attention, batch, xn)
-    if kept.attended is DROPPED:
-        kept.attended, kept.lse, kept.attention = attention_part.attend(layer.attention, batch, kept.qkv)
-    kept.a, kept.p_out = attention_part.output(layer.attention, kept.attended)
+def _attention_inputs(layer: Layer, batch: Batch, kept: Kept) -> None:
+    """Fill `kept` from x up to q, k and v."""
+    rstds = []
+
+    def normed(rows: slice) -> Roomy:
+        xn = Roomy.shaped_as(kept.x[rows], layer.attention.qkv.rank)
+        rstds.append(ops.rms_norm_forward(kept.x[rows], layer.input_norm, out=xn.data)[1])
+        return xn
+
+    with filled_once(layer.attention.qkv):
+        kept.qkv, kept.p_qkv = attention_part.project_tiles(layer.attention, batch, normed)
+    kept.rstd_in = rstds[0] if len(rstds) == 1 else torch.cat(rstds)
 
 
-def _between(layer: Layer, kept: Kept) -> Roomy:
-    """s = x + (norm of) a and sn = norm(s), in one pass; drops `kept.a` where the backward has no use for it."""
-    a = kept.a
+def _attend(layer: Layer, batch: Batch, kept: Kept, policy: Policy) -> None:
+    kept.attended, kept.lse, kept.attention = attention_part.attend(layer.attention, batch, kept.qkv)
+    if policy.frees("qkv"):
+        kept.attention = attention_part.without_graphs(kept.attention)
+
+
+def _flat(layer: Layer, kept: Kept) -> Tensor:
+    """Attention's output [N, HD]."""
+    return kept.attended.reshape(-1, layer.attention.q_width)
+
+
+def _between(layer: Layer, tile: Kept, flat: Tensor) -> Roomy:
+    """From attention's output to sn = norm(x + (norm of) a); drops `a` where the backward has no use for it."""
+    a, tile.p_out = attention_part.output(layer.attention, flat)
     if layer.post_attention_norm is not None:
-        a, kept.rstd_a = ops.rms_norm_forward(a, layer.post_attention_norm)
-    else:
-        kept.a = DROPPED
-    sn = Roomy.shaped_as(kept.x, layer.mlp.gate_up.rank)
-    kept.s, kept.rstd_mlp = ops.add_rms_norm_forward(a, kept.x, layer.mlp_norm, out=sn.data)
+        tile.a, (a, tile.rstd_a) = a, ops.rms_norm_forward(a, layer.post_attention_norm)
+    sn = Roomy.shaped_as(tile.x, layer.mlp.gate_up.rank)
+    tile.s, tile.rstd_mlp = ops.add_rms_norm_forward(a, tile.x, layer.mlp_norm, out=sn.data)
     return sn
 
 
-def rebuild(layer: Layer, batch: Batch, kept: Kept) -> None:
-    """Make again what `RECOMPUTED` dropped."""
-    _attention_half(layer, batch, kept)
-    sn = _between(layer, kept)
-    kept.gate_up, kept.p_gate_up = mlp_part.project(layer.mlp, sn)
+def _made_again(layer: Layer, tile: Kept, flat: Tensor) -> None:
+    """Fill in what the policy dropped of one tile after attention."""
+    sn = _between(layer, tile, flat) if tile.s is DROPPED else None
+    if tile.gate_up is DROPPED:
+        if sn is None:
+            sn = Roomy.shaped_as(tile.s, layer.mlp.gate_up.rank)
+            ops.rms_norm_forward(tile.s, layer.mlp_norm, out=sn.data)
+        tile.gate_up, tile.p_gate_up = mlp_part.project(layer.mlp, sn)
 
 
 def _norm_backward(
@@ -107,46 +100,82 @@ def _norm_backward(
     """dx of a norm, plus `dres`, the gradient that goes past it; records the weight's gradient if it is trained."""
     dx, dw = ops.rms_norm_backward(dy, x, norm, rstd, dres=dres, out=out)
     if dw is not None:
-        grads[norm.weight] = dw
+        add_grad(grads, norm.weight, dw)
     return dx
+
+
+def _room(layer: Layer) -> int:
+    """Columns behind a gradient of the layer's width that serve both projections which read one."""
+    return max(layer.mlp.down.rank, layer.attention.out.rank)
 
 
 def _with_room(layer: Layer, batch: Batch, dy: Tensor) -> Roomy:
     """dy [N, E] with room behind it: the very buffer that the next layer's backward handed on, or a copy."""
     handed, batch.handed = batch.handed, None
-    if handed is not None and handed.is_behind(dy) and handed.room.shape[1] == layer.mlp.down.rank:
+    if handed is not None and handed.is_behind(dy) and handed.room.shape[1] == _room(layer):
         return handed
-    room = Roomy.shaped_as(dy, layer.mlp.down.rank)
+    room = Roomy.shaped_as(dy, _room(layer))
     room.data.copy_(dy)
     return room
 
 
-def backward(layer: Layer, batch: Batch, kept: Kept, dy: Tensor, *, need_dx: bool) -> tuple[Tensor | None, Grads]:
+def backward(layer: Layer, batch: Batch, kept: Kept, policy: Policy, dy: Tensor, *, need_dx: bool) -> tuple[Tensor | None, Grads]:
     """(dx [N, E], the gradient of each trained parameter) from dy [N, E]."""
     grads: Grads = {}
-    if layer.post_mlp_norm is None:
-        dm = _with_room(layer, batch, dy)
-    else:
-        dm = Roomy.shaped_as(dy, layer.mlp.down.rank)
-        _norm_backward(layer.post_mlp_norm, dy, kept.m, kept.rstd_m, grads, out=dm.data)
-    dsn = mlp_part.backward(layer.mlp, NormedInput(kept.s, kept.rstd_mlp, layer.mlp_norm), kept, dm, grads)
-
-    out = layer.attention.out
-    ds = Roomy.shaped_as(kept.x, out.rank)
-    _norm_backward(layer.mlp_norm, dsn, kept.s, kept.rstd_mlp, grads, dres=dy, out=ds.data)
-    da = ds
-    if layer.post_attention_norm is not None:
-        da = Roomy.shaped_as(kept.x, out.rank)
-        _norm_backward(layer.post_attention_norm, ds.data, kept.a, kept.rstd_a, grads, out=da.data)
+    if kept.qkv is DROPPED:
+        _attention_inputs(layer, batch, kept)
+    if kept.attended is DROPPED:
+        _attend(layer, batch, kept, policy)
+    dym = _with_room(layer, batch, dy)
+    # Tiled, each gradient takes the place of the last: a long context's whole rows are what is dear.
+    ds = dym if batch.tiled else Roomy.shaped_as(kept.x, _room(layer))
+    with filled_once(layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
+        da = _after_attention_backward(layer, batch, kept, policy, dym, ds, grads)
+        dpacked = attention_part.inner_backward(layer.attention, batch, kept, da, grads, in_place=policy.frees("qkv"))
     need_dx = need_dx or layer.input_norm.weight.requires_grad
-    xn = NormedInput(kept.x, kept.rstd_in, layer.input_norm)
-    dxn = attention_part.backward(layer.attention, xn, batch, kept, da, grads, need_dx=need_dx)
-    if dxn is None:
-        return None, grads
-    # The layer below will want room behind this: hand on the buffer itself, alive until that layer has looked at it.
-    batch.handed = dx = Roomy.shaped_as(kept.x, layer.mlp.down.rank)
-    _norm_backward(layer.input_norm, dxn, kept.x, kept.rstd_in, grads, dres=ds.data, out=dx.data)
-    return dx.data, grads
+    # The layer below will want room behind dx: hand on the buffer itself, alive until that layer has looked at it.
+    dx = (ds if batch.tiled else Roomy.shaped_as(kept.x, _room(layer))) if need_dx else None
+    _inputs_backward(layer, batch, kept, dpacked, ds, dx, grads)
+    batch.handed = dx
+    return None if dx is None else dx.data, grads
+
+
+def _after_attention_backward(layer: Layer, batch: Batch, kept: Kept, policy: Policy, dy: Roomy, ds: Roomy, grads: Grads) -> Roomy:
+    """Fill `ds` from dy, tile by tile, back to attention's output; returns da with P' of the output projection in its room."""
+    attention, mlp = layer.attention, layer.mlp
+    flat = _flat(layer, kept)
+    da = ds.tile(slice(0, batch.n), attention.out.rank)
+    if layer.post_attention_norm is not None:
+        da = Roomy.shaped_as(kept.x, attention.out.rank)
+    for rows in batch.tiles():
+        tile = kept.tile(rows)
+        _made_again(layer, tile, flat[rows])
+        dm = dy.tile(rows, mlp.down.rank)
+        if layer.post_mlp_norm is not None:
+            dm = Roomy.shaped_as(tile.x, mlp.down.rank)
+            _norm_backward(layer.post_mlp_norm, dy.data[rows], tile.m, tile.rstd_m, grads, out=dm.data)
+        sn = NormedInput(tile.s, tile.rstd_mlp, layer.mlp_norm)
+        dsn = mlp_part.backward(mlp, sn, tile, dm, grads, in_place=policy.frees("gate_up"))
+        ds_rows = ds.data[rows]
+        _norm_backward(layer.mlp_norm, dsn, tile.s, tile.rstd_mlp, grads, dres=dy.data[rows], out=ds_rows)
+        if layer.post_attention_norm is not None:
+            _norm_backward(layer.post_attention_norm, ds_rows, tile.a, tile.rstd_a, grads, out=da.data[rows])
+        attention_part.output_backward(attention, flat[rows], tile.p_out, da.tile(rows), grads)
+    return da
+
+
+def _inputs_backward(layer: Layer, batch: Batch, kept: Kept, dpacked: Roomy, ds: Roomy, dx: Roomy | None, grads: Grads) -> None:
+    """Fill `dx`, if it is wanted, from the gradients of q, k and v and from `ds`, which may be its own memory."""
+    qkv = layer.attention.qkv
+    with filled_once(qkv):
+        for rows in batch.tiles():
+            dp, x, rstd = dpacked.tile(rows), kept.x[rows], kept.rstd_in[rows]
+            if dx is None:
+                qkv.backward_rank(dp)
+            else:
+                dxn = qkv.backward_input(dp)
+                _norm_backward(layer.input_norm, dxn, x, rstd, grads, dres=ds.data[rows], out=dx.data[rows])
+            qkv.record(grads, dp.data, kept.p_qkv[rows], dp.room, NormedInput(x, rstd, layer.input_norm))
 
 
 def parameters(layer: Layer) -> list[Tensor]:
@@ -159,22 +188,34 @@ class DecoderLayerFunction(torch.autograd.Function):
     """y [N, E] = layer(x [N, E]); `trained` parameters are listed only so that autograd hands them their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, layer: Layer, batch: Batch, recompute: bool, x: Tensor, *trained: Tensor) -> Tensor:
-        y, kept = forward(layer, batch, x)
-        if recompute:
-            kept.drop(*RECOMPUTED)
-        ctx.layer, ctx.batch, ctx.recompute, ctx.trained = layer, batch, recompute, trained
+    def forward(ctx: Any, layer: Layer, batch: Batch, policy: Policy, luggage: Luggage | None, x: Tensor, *trained: Tensor) -> Tensor:
+        y, kept = forward(layer, batch, x, policy)
+        ctx.layer, ctx.batch, ctx.policy, ctx.trained = layer, batch, policy, trained
         ctx.attention = kept.attention
+        if luggage is not None:
+            luggage.tensors = [t for name, t in zip(TENSORS, kept.tensors()) if t is not None and policy.travels(name)]
         ctx.save_for_backward(*kept.tensors())
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        kept = Kept(*ctx.saved_tensors)
-        kept.attention = ctx.attention
+        kept = Kept.of(ctx.saved_tensors, ctx.attention)
         with torch.autocast(dy.device.type, enabled=False):  # a backward inside an autocast block must not be cast a second time
-            if ctx.recompute:
-                rebuild(ctx.layer, ctx.batch, kept)
-            dx, grads = backward(ctx.layer, ctx.batch, kept, dy, need_dx=ctx.needs_input_grad[3])
-        return None, None, None, dx, *(grads.get(p) for p in ctx.trained)
+            dx, grads = backward(ctx.layer, ctx.batch, kept, ctx.policy, dy, need_dx=ctx.needs_input_grad[4])
+        return None, None, None, None, dx, *(_as(grads.get(p), p) for p in ctx.trained)
+
+
+def _as(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
+    return None if grad is None else grad.to(parameter.dtype)
+
+
+def run_layer(layer: Layer, batch: Batch, x: Tensor, policy: Policy, store: Store | None = None) -> Tensor:
+    """y [N, E] of x [N, E] for autograd, keeping what `policy` says; what it sends away goes to `store`."""
+    if not torch.is_grad_enabled():
+        policy = LEANEST
+    if policy.offload != "nothing" and store is None:
+        raise ValueError(f"the policy {policy.name} sends tensors away and there is no store for them")
+    luggage = Luggage() if policy.offload != "nothing" else None
+    with carrying(store, luggage):
+        return DecoderLayerFunction.apply(layer, batch, policy, luggage, x, *parameters(layer))

@@ -13,8 +13,9 @@ Every adapter gradient goes through [N, R] first; no [O, I] temporary is formed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,22 +29,42 @@ from exactune.lora.stacked import Scratch, StackedWeight
 if TYPE_CHECKING:
     from exactune.lora.parts import Norm
 
-Grads = dict[Tensor, Tensor]  # parameter -> its gradient
+Grads = dict[Tensor, Tensor]  # parameter -> its gradient so far, in its own dtype or a wider one
+
+
+def add_grad(grads: Grads, parameter: Tensor, grad: Tensor) -> None:
+    """Add the gradient that one tile of tokens gives; the sum of several is kept in float32 or wider."""
+    known = grads.get(parameter)
+    grads[parameter] = grad if known is None else known.to(torch.promote_types(known.dtype, torch.float32)) + grad
 
 
 class Roomy:
-    """A `[N, width]` activation in a buffer with `room` more columns behind it: `data` is the activation, `all` the whole."""
+    """A `[N, width]` activation in a buffer with `room` more columns behind it: `data` is the activation, `all` both.
 
-    __slots__ = ("all", "width")
+    The buffer's rows are a multiple of 16 values apart: kernels then load 16 bytes at a time, whatever the rank.
+    """
+
+    __slots__ = ("all", "buffer", "width")
 
     def __init__(self, rows: int, width: int, room: int, like: Tensor):
-        self.all = torch.empty(rows, width + room, dtype=like.dtype, device=like.device)
-        self.width = width
+        self.buffer = torch.empty(rows, roomy_width(width, room), dtype=like.dtype, device=like.device)
+        self.all, self.width = self.buffer[:, : width + room], width
 
     @classmethod
     def shaped_as(cls, x: Tensor, room: int) -> Roomy:
         """A buffer for an activation of the shape of x [N, width]."""
         return cls(x.shape[0], x.shape[1], room, like=x)
+
+    @classmethod
+    def over(cls, buffer: Tensor, width: int, room: int) -> Roomy:
+        """The one whose buffer this is."""
+        found = cls.__new__(cls)
+        found.buffer, found.all, found.width = buffer, buffer[:, : width + room], width
+        return found
+
+    def tile(self, rows: slice, room: int | None = None) -> Roomy:
+        """Some of its rows, with all of the room or less."""
+        return Roomy.over(self.buffer[rows], self.width, self.all.shape[1] - self.width if room is None else room)
 
     def is_behind(self, x: Tensor) -> bool:
         """True where x is this buffer's activation, and not a copy or another tensor."""
@@ -56,6 +77,11 @@ class Roomy:
     @property
     def room(self) -> Tensor:
         return self.all[:, self.width :]
+
+
+def roomy_width(width: int, room: int) -> int:
+    """Columns of the buffer behind an activation [N, width]."""
+    return -(-(width + room) // 16) * 16
 
 
 @dataclass
@@ -79,6 +105,7 @@ class Group:
         self.scratch = scratch
         self.projections: list[Projection] = []
         self._stack: StackedWeight | None = None
+        self._held: Tensor | None = None
 
     def bound(self, dtype: torch.dtype) -> Group:
         """This group for one pass: the projections as PEFT has them now, and the matrix with room for just their ranks.
@@ -130,16 +157,7 @@ class Group:
 
     def filled(self) -> Tensor:
         """The extended matrix [O+R, I+R] with the current weights and adapters in it."""
-        return self.stack.filled(self.projections, self)
-
-    def claim_slots(self) -> None:
-        """A replayed forward of this pass has filled the slots."""
-        self.stack.claim(self)
-
-    def restore_slots(self) -> None:
-        """Fill the slots again if another pass has come between; weights in 4 bits are unpacked anew by every use anyway."""
-        if not self.stack.quantised:
-            self.filled()
+        return self.stack.filled(self.projections, self) if self._held is None else self._held
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         biases = [p.base.bias for p in self.projections]
@@ -147,13 +165,14 @@ class Group:
             return None
         return torch.cat([b.to(dtype) if b is not None else p.zero_bias(dtype) for b, p in zip(biases, self.projections)])
 
-    def forward(self, x: Roomy) -> Tensor:
-        """y [N, O] of x [N, I]; fills the room of `x` with P."""
-        buffer = self.filled()
+    def forward(self, x: Roomy, out: Roomy | None = None) -> Tensor:
+        """y [N, O] of x [N, I], in `out` if given; fills the room of `x` with P."""
+        matrix = self.filled()
         if self.rank:
-            torch.mm(x.data, buffer[self.outputs :, : self.inputs].t(), out=x.room)
-        weight, bias = buffer[: self.outputs, : self.inputs + self.rank].t(), self._bias(buffer.dtype)
-        return x.all @ weight if bias is None else torch.addmm(bias, x.all, weight)
+            torch.mm(x.data, matrix[self.outputs :, : self.inputs].t(), out=x.room)
+        weight, bias = matrix[: self.outputs, : self.inputs + self.rank].t(), self._bias(matrix.dtype)
+        into = None if out is None else out.data
+        return torch.mm(x.all, weight, out=into) if bias is None else torch.addmm(bias, x.all, weight, out=into)
 
     def backward_rank(self, dy: Roomy) -> None:
         """Fill the room of dy [N, O] with P'."""
@@ -162,10 +181,14 @@ class Group:
 
     def backward_input(self, dy: Roomy) -> Tensor:
         """dx [N, I] of dy [N, O]; fills the room of `dy` with P'."""
-        buffer = self.filled()
+        matrix = self.filled()
         if self.rank:
-            torch.mm(dy.data, buffer[: self.outputs, self.inputs :], out=dy.room)
-        return dy.all @ buffer[: self.outputs + self.rank, : self.inputs]
+            torch.mm(dy.data, matrix[: self.outputs, self.inputs :], out=dy.room)
+        return dy.all @ matrix[: self.outputs + self.rank, : self.inputs]
+
+    def backward_columns(self, dy: Roomy, columns: slice) -> Tensor:
+        """Some columns of dx [N, I], of a dy [N, O] whose room is filled."""
+        return dy.all @ self.filled()[: self.outputs + self.rank, columns]
 
     def record(
         self,
@@ -178,7 +201,7 @@ class Group:
         da: Tensor | None = None,
         db: list[Tensor] | None = None,
     ) -> None:
-        """Put the gradient of everything trained in this group into `grads`, from dy [N, O], P, P' [N, R] and the input x [N, I].
+        """Add the gradient of everything trained in this group to `grads`, from dy [N, O], P, P' [N, R] and the input x [N, I].
 
         `da` [R, I] and `db` ([O_i, R_i] each) give P'ᵀ x and dyᵀ P where a kernel has summed them already (x may then be None).
         """
@@ -191,8 +214,8 @@ class Group:
             for projection, own in zip(self.projections, db):
                 if projection.adapter is not None:
                     a, b = projection.adapter.a, projection.adapter.b
-                    grads[a] = da[rank : rank + a.shape[0]].to(a.dtype)
-                    grads[b] = (own * projection.adapter.scale).to(b.dtype)
+                    add_grad(grads, a, da[rank : rank + a.shape[0]])
+                    add_grad(grads, b, own * projection.adapter.scale)
                     rank += a.shape[0]
         if self.trains_base:
             assert x is not None
@@ -219,6 +242,21 @@ class Group:
         for projection, own in zip(self.projections, dy.split(self.stack.rows, dim=1)):
             weight, bias = projection.base.weight, projection.base.bias
             if weight.requires_grad:
-                grads[weight] = (own.t() @ x).to(weight.dtype)
+                add_grad(grads, weight, own.t() @ x)
             if bias is not None and bias.requires_grad:
-                grads[bias] = own.sum(0, dtype=torch.promote_types(own.dtype, torch.float32)).to(bias.dtype)
+                add_grad(grads, bias, own.sum(0, dtype=torch.promote_types(own.dtype, torch.float32)))
+
+
+@contextlib.contextmanager
+def filled_once(*groups: Group) -> Iterator[None]:
+    """Inside, the matrices of `groups` are filled once instead of at every use: for loops over tiles that use these groups alone."""
+    matrices = [group.filled() for group in groups]
+    # 4-bit weights of one shape share a scratch buffer, which then holds only the last one asked for.
+    apart = len({matrix.data_ptr() for matrix in matrices}) == len(matrices)
+    for group, matrix in zip(groups, matrices):
+        group._held = matrix if apart else None
+    try:
+        yield
+    finally:
+        for group in groups:
+            group._held = None

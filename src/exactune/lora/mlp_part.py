@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 
 def project(mlp: Mlp, sn: Roomy) -> tuple[Tensor, Tensor]:
-    """(gate and up side by side [N, 2F], P [N, R])."""
-    gate_up = mlp.gate_up.forward(sn)
-    return gate_up, sn.room.clone()
+    """(gate and up side by side [N, >= 2F], with room behind them for the backward, and P [N, R])."""
+    gate_up = Roomy(sn.all.shape[0], 2 * mlp.inner, mlp.gate_up.rank, like=sn.all)
+    mlp.gate_up.forward(sn, out=gate_up)
+    return gate_up.buffer, sn.room.clone()
 
 
 def forward(mlp: Mlp, sn: Roomy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -38,7 +39,7 @@ def forward(mlp: Mlp, sn: Roomy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _halves(mlp: Mlp, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    return gate_up[:, : mlp.inner], gate_up[:, mlp.inner :]
+    return gate_up[:, : mlp.inner], gate_up[:, mlp.inner : 2 * mlp.inner]
 
 
 def _activate(mlp: Mlp, gate_up: Tensor) -> Roomy:
@@ -47,9 +48,13 @@ def _activate(mlp: Mlp, gate_up: Tensor) -> Roomy:
     return h
 
 
-def backward(mlp: Mlp, sn: Tensor | NormedInput, kept: Kept, dm: Roomy, grads: Grads) -> Tensor:
-    """dsn [N, E] from dm [N, E] and the input sn; records the gradients of the MLP's parameters."""
-    dgu = Roomy(dm.all.shape[0], 2 * mlp.inner, mlp.gate_up.rank, like=dm.all)
+def backward(mlp: Mlp, sn: Tensor | NormedInput, kept: Kept, dm: Roomy, grads: Grads, *, in_place: bool = False) -> Tensor:
+    """dsn [N, E] from dm [N, E] and the input sn; records the gradients of the MLP's parameters.
+
+    `in_place`: the kept gate and up may be overwritten with their gradients.
+    """
+    width, rank = 2 * mlp.inner, mlp.gate_up.rank
+    dgu = Roomy.over(kept.gate_up, width, rank) if in_place else Roomy(dm.all.shape[0], width, rank, like=dm.all)
     dh = mlp.down.backward_input(dm)
     if mlp.down.rank and mlp.gate_up.rank and not mlp.down.trains_base:
         db = _activation_backward_with_adapters(mlp, kept, dh, dm, dgu, grads)

@@ -122,6 +122,18 @@ class Layer:
         return [n for n in found if n is not None]
 
 
+@dataclass(frozen=True)
+class Tiling:
+    """How much of a layer is worked on at a time, so that a long context's widest activations never exist whole.
+
+    tokens: rows through the MLP and the projections; kv_heads: key/value heads, with their queries, through attention. None: all.
+    Part of what is computed, not of what is kept: sums over tiles round differently from sums over everything.
+    """
+
+    tokens: int | None = None
+    kv_heads: int | None = None
+
+
 @dataclass
 class Batch:
     """What one forward pass of the model shares between its layers.
@@ -137,7 +149,17 @@ class Batch:
     max_seqlen: int | None = None
     deterministic: bool = False
     handed: Roomy | None = None  # the gradient that one layer's backward passes to the next, in its buffer with room
+    tiling: Tiling = Tiling()
 
     @property
     def n(self) -> int:
         return self.rows * self.tokens
+
+    def tiles(self) -> list[slice]:
+        """The rows of [N, ...] that are worked on together, in order."""
+        each = self.tiling.tokens or self.n
+        return [slice(start, min(start + each, self.n)) for start in range(0, self.n, each)]
+
+    @property
+    def tiled(self) -> bool:
+        return self.tiling.tokens is not None and self.tiling.tokens < self.n

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from exactune.lora.decoder_layer import DecoderLayerFunction, parameters
+from exactune.lora.decoder_layer import run_layer
+from exactune.lora.keeping import KEEP_ALL, RECOMPUTE_LAYER, Policy, Store
 from exactune.lora.live import Unreadable
-from exactune.lora.parts import Batch, Layer
+from exactune.lora.parts import Batch, Layer, Tiling
 
 CAUSAL = torch.zeros(1, 1, 1, 1)  # stands for "plain causal, or the packed rows of this batch" where a 4-D mask would; see `head`
 
@@ -24,6 +25,8 @@ class Shared:
         self.max_seqlen: int | None = None
         self.deterministic = False
         self.recompute = False
+        self.tiling = Tiling()
+        self.store: Store | None = None  # host memory for the policies that send something there
         self.stock_calls: Counter[str] = Counter()
         self._batch: Batch | None = None
 
@@ -32,8 +35,9 @@ class Shared:
         known = self._batch
         if known is None or known.cos is not cos or known.rows != x.shape[0] or known.cu_seqlens is not self.cu_seqlens:
             self._batch = known = Batch(
-                x.shape[0], x.shape[1], cos, sin, self.cu_seqlens, self.max_seqlen, deterministic=self.deterministic
-            )
+                x.shape[0], x.shape[1], cos, sin, self.cu_seqlens, self.max_seqlen,
+                deterministic=self.deterministic, tiling=self.tiling,
+            )  # fmt: skip
         return known
 
     def release(self) -> None:
@@ -49,6 +53,7 @@ class FusedLayer:
         self.config = config
         self.parts = parts
         self.shared = shared
+        self.policy: Policy | None = None  # of a memory plan; without one, the trainer's checkpointing decides
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -102,10 +107,13 @@ class FusedLayer:
     def _fused(self, layer: Layer, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         batch = self.shared.batch(x, *position_embeddings)
         flat = x.reshape(batch.n, x.shape[-1])
-        recompute = self.shared.recompute and self.module.training
         with torch.autocast(x.device.type, enabled=False):
-            y = DecoderLayerFunction.apply(layer, batch, recompute, flat, *parameters(layer))
-        return y.view(x.shape)
+            return run_layer(layer, batch, flat, self._policy(), self.shared.store).view(x.shape)
+
+    def _policy(self) -> Policy:
+        if not self.module.training:
+            return KEEP_ALL
+        return self.policy or (RECOMPUTE_LAYER if self.shared.recompute else KEEP_ALL)
 
 
 def stock_mask(config: Any, window: int | None, x: Tensor, position_ids: Tensor | None) -> Any:
