@@ -159,6 +159,15 @@ class Group:
         """The extended matrix [O+R, I+R] with the current weights and adapters in it."""
         return self.stack.filled(self.projections, self) if self._held is None else self._held
 
+    def claim_slots(self) -> None:
+        """A replayed forward of this pass has filled the slots."""
+        self.stack.claim(self)
+
+    def restore_slots(self) -> None:
+        """Fill the slots again if another pass has come between; weights in 4 bits are unpacked anew by every use anyway."""
+        if not self.stack.quantised:
+            self.filled()
+
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         biases = [p.base.bias for p in self.projections]
         if all(b is None for b in biases):
