@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from exactune import device
+from exactune.errors import ConfigError
 from exactune.models import adapters, modes
 from exactune.models.checkpointing import apply_checkpointing, read_choice
 from exactune.models.load import DEFAULT_LOAD_IN_4BIT, load_model
@@ -176,21 +177,41 @@ def save_pretrained_merged(
 
 
 def save_pretrained_gguf(
-    model: Any, save_directory: str | Path, tokenizer: Any = None, quantization_method: str | Iterable[str] = "q8_0", **kwargs: Any
+    model: Any,
+    save_directory: str | Path,
+    tokenizer: Any = None,
+    quantization_method: str | Iterable[str] = "q8_0",
+    save_method: str = "merged",
+    evaluate: Any = None,
+    **kwargs: Any,
 ) -> Any:
     """Write the merged model as GGUF, one file a level, each loaded and compared in llama.cpp before it gets its name.
 
-    Further `kwargs` go to `exactune.export.gguf.export.export_gguf`.
+    `save_method="lora"` writes the adapter alone instead, to be put on the base's file. `evaluate`: held-out rows (a file, or rows)
+    on which the cost of each level is then measured, for the card. Further `kwargs` go to `exactune.export.gguf.export.export_gguf`
+    (or `exactune.export.gguf.lora.export_lora`).
 
     Raises:
+        ConfigError: `save_method` is neither "merged" nor "lora".
         DeviceError: llama-cpp-python is not installed (the message says how).
         ArtefactError: a file failed its verification.
     """
+    tokenizer = tokenizer if tokenizer is not None else notes_of(model).tokenizer
+    if save_method == "lora":
+        from exactune.export.gguf.lora import export_lora
+
+        return export_lora(model, tokenizer, save_directory, **kwargs)
+    if save_method != "merged":
+        raise ConfigError(f"save_method={save_method!r} is not known for GGUF.", "Use 'merged' or 'lora'.")
     from exactune.export.gguf.export import export_gguf
 
-    tokenizer = tokenizer if tokenizer is not None else notes_of(model).tokenizer
     levels = quantization_method if isinstance(quantization_method, str) else list(quantization_method)
-    return export_gguf(model, tokenizer, save_directory, quantization_method=levels, **kwargs)
+    report = export_gguf(model, tokenizer, save_directory, quantization_method=levels, **kwargs)
+    if evaluate is not None:
+        from exactune.evaluate.compression_report import measure_export
+
+        measure_export(report, model, tokenizer, evaluate, run=kwargs.get("run"))
+    return report
 
 
 def push_to_hub_merged(
@@ -203,14 +224,34 @@ def push_to_hub_merged(
     **kwargs: Any,
 ) -> str:
     """`save_pretrained_merged`, then upload the verified folder to `repo_id` on the hub; returns its address."""
-    from huggingface_hub import HfApi
-
     with tempfile.TemporaryDirectory(prefix="exactune-") as scratch:
         folder = Path(scratch) / "model"
         save_pretrained_merged(model, folder, tokenizer, save_method, **kwargs)
-        api = HfApi(token=token)
-        address = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder)
+        return _upload(folder, repo_id, token, private)
+
+
+def push_to_hub_gguf(
+    model: Any,
+    repo_id: str,
+    tokenizer: Any = None,
+    quantization_method: str | Iterable[str] = "q8_0",
+    token: str | None = None,
+    private: bool | None = None,
+    **kwargs: Any,
+) -> str:
+    """`save_pretrained_gguf`, then upload the verified files, their Modelfile and card to `repo_id` on the hub; returns its address."""
+    with tempfile.TemporaryDirectory(prefix="exactune-") as scratch:
+        folder = Path(scratch) / "gguf"
+        save_pretrained_gguf(model, folder, tokenizer, quantization_method, **kwargs)
+        return _upload(folder, repo_id, token, private)
+
+
+def _upload(folder: Path, repo_id: str, token: str | None, private: bool | None) -> str:
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    address = api.create_repo(repo_id, private=private, exist_ok=True)
+    api.upload_folder(repo_id=repo_id, folder_path=folder)
     return str(address)
 
 
@@ -218,4 +259,5 @@ _SAVING: dict[str, Callable[..., Any]] = {
     "save_pretrained_merged": save_pretrained_merged,
     "save_pretrained_gguf": save_pretrained_gguf,
     "push_to_hub_merged": push_to_hub_merged,
+    "push_to_hub_gguf": push_to_hub_gguf,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,39 +64,37 @@ def export(
         typer.echo(report.summary())
         if evaluate_rows:
             measure(report, model, tokenizer, run, evaluate, evaluate_rows, in_memory)
+    typer.echo(f"Card {report.card}")
     typer.echo(f"Ollama: ollama create NAME -f {report.modelfile}")
 
 
 def measure(report: Any, model: Any, tokenizer: Any, run: Any, evaluate: str | None, count: int, in_memory: bool) -> None:
     """Measure what each file costs, show it, and put it into the card."""
     from exactune.cli.export_rows import held_out_rows, named_rows
-    from exactune.evaluate.compression import compression_cost
-    from exactune.evaluate.compression_report import write_report
-    from exactune.export.card import provenance_of
+    from exactune.evaluate.compression_report import measure_export
 
-    arguments, reason = (named_rows(evaluate, run, tokenizer, count), "") if evaluate else held_out_rows(run, tokenizer, count)
+    arguments, reason = (named_rows(evaluate, run, count), "") if evaluate else held_out_rows(run, tokenizer, count)
     if arguments is None:
         typer.echo(reason)
         return
-    files = {level.path.name: level.path for level in report.levels}
-    cost = compression_cost(model, tokenizer, files, in_memory=in_memory, scratch=report.folder, **arguments)
-    card = write_report(report, provenance_of(model, run.path if run else None), cost)
-    show(cost)
-    typer.echo(f"Card {card}")
+    show(measure_export(report, model, tokenizer, run=run.path if run else None, in_memory=in_memory, **arguments))
 
 
 def show(cost: Compression) -> None:
     """The table, on the screen."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     from exactune.evaluate.compression_report import columns
 
     header, rows = columns(cost)
-    table = Table(*header, title=f"What compression cost, on {cost.rows} held-out rows")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), title=f"What compression cost, on {cost.rows} held-out rows")
+    for name in header:
+        table.add_column(name, no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
     for note in cost.notes:
         typer.echo(note)
 

@@ -41,7 +41,7 @@ def held_out_rows(run: RunFolder | None, tokenizer: Any, count: int) -> tuple[di
         return None, f"not measured what compression cost: {error.problem}"
 
 
-def named_rows(file: str, run: RunFolder | None, tokenizer: Any, count: int) -> dict[str, Any]:
+def named_rows(file: str, run: RunFolder | None, count: int) -> dict[str, Any]:
     """Arguments for `compression_cost` from the first `count` rows of `file`.
 
     Raises:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # The model's own logits are kept up to so many bytes; past them a row is run again for each form.
 KEPT_BYTES = 2**30
+GGUF = "GGUF "  # what the names of files in llama.cpp begin with
 MERGED, INT8, NF4 = "merged, 16 bits", "int8, in memory", "NF4, in memory"
 
 
@@ -72,7 +73,7 @@ def compression_cost(
     in_memory: bool = True,
     scratch: Path | None = None,
 ) -> Compression:
-    """Measure GGUF `files` (name -> path) in llama.cpp, and int8 and NF4 of bitsandbytes in memory, against `model`.
+    """Measure GGUF `files` (level -> path) in llama.cpp, and int8 and NF4 of bitsandbytes in memory, against `model`.
 
     `rows`: what `exactune.data.prepare` gave, or anything it takes, of which the first `max_rows` are scored, at their trained
     tokens; the first `generate_rows` of them are answered. `in_memory`: measure the merged model in 16 bits, int8 and NF4 too,
@@ -85,9 +86,9 @@ def compression_cost(
     itself = InMemory(model, tokenizer)
     found = [exam.take(_own_name(model), itself)]
     notes: list[str] = []
-    for name, path in files.items():
+    for level, path in files.items():
         with in_llama_cpp(path, model, tokenizer, exam.context(tokenizer)) as form:
-            found.append(exam.take(name, form))
+            found.append(exam.take(f"{GGUF}{level}", form))
     if in_memory:
         more, notes = _in_memory_forms(model, tokenizer, exam, scratch)
         found += more
@@ -111,7 +112,7 @@ class _Exam:
     questions: list[tuple[Any, str]]
     max_new_tokens: int
     kept: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
-    free: int = KEPT_BYTES
+    kept_bytes: int = 0
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, rows: Any, max_length: int, max_rows: int, generate_rows: int, max_new_tokens: int) -> _Exam:
@@ -144,9 +145,9 @@ class _Exam:
         if index not in self.kept:
             ids, places, _ = self.sequences[index]
             logits = self.itself.logits(ids, places)
-            if logits.nbytes > self.free:
+            if self.kept_bytes + logits.nbytes > KEPT_BYTES:
                 return logits
-            self.free -= logits.nbytes
+            self.kept_bytes += logits.nbytes
             self.kept[index] = logits
         return self.kept[index]
 

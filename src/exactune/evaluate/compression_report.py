@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from exactune.evaluate.compression import Compression, FormCost
+from exactune.evaluate.compression import GGUF, Compression, FormCost, compression_cost
 from exactune.export import staging
-from exactune.export.card import Provenance, table
+from exactune.export.card import provenance_of, table
 from exactune.export.gguf.report import GgufReport, size, write_card
 
 NUMBERS, PLOT = "compression.json", "compression.png"
@@ -22,7 +22,7 @@ def cost_table(cost: Compression) -> str:
 
 def columns(cost: Compression) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows; the task's columns only where the rows have such a task."""
-    header = ["", "size", "perplexity", "KL (nats)", "same top token"]
+    header = ["", "size", "perplexity", "KL (nats)", "same top"]
     tasks = [(name, key) for name, key in (("valid JSON", "valid_json"), ("exact match", "exact_match")) if _has(cost, key)]
     header += [name for name, _ in tasks]
     rows = []
@@ -52,7 +52,7 @@ def cost_png(cost: Compression) -> bytes:
     right.legend(frameon=False)
     for axes in (left, right):
         axes.set_xlabel("size (MB)")
-        axes.set_xlim(left=0, right=1.25 * max(form.bytes for form in forms) / 1e6 if forms else None)
+        axes.set_xlim(left=0, right=1.35 * max(form.bytes for form in forms) / 1e6 if forms else None)
         axes.grid(alpha=0.25)
     picture = io.BytesIO()
     # Without the version that matplotlib would add, equal numbers give equal files.
@@ -61,10 +61,13 @@ def cost_png(cost: Compression) -> bytes:
 
 
 def _points(axes: Any, forms: list[FormCost], heights: list[float]) -> None:
-    for form, height in zip(forms, heights, strict=True):
-        in_memory = "memory" in form.form or "merged" in form.form
-        axes.plot([form.bytes / 1e6], [height], "s" if in_memory else "o", color="#c8502d" if in_memory else "#1f5fa8")
-        axes.annotate(form.form, (form.bytes / 1e6, height), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    by_size = sorted(zip(forms, heights, strict=True), key=lambda point: point[0].bytes)
+    for index, (form, height) in enumerate(by_size):
+        colour, marker = ("#1f5fa8", "o") if form.form.startswith(GGUF) else ("#c8502d", "s")
+        axes.plot([form.bytes / 1e6], [height], marker, color=colour)
+        # names above and below by turns: neighbours do not write over each other
+        place = (4, 5) if index % 2 else (4, -11)
+        axes.annotate(form.form, (form.bytes / 1e6, height), xytext=place, textcoords="offset points", fontsize=8)
 
 
 def cost_section(cost: Compression) -> str:
@@ -72,15 +75,21 @@ def cost_section(cost: Compression) -> str:
     of_what = f" of `{cost.source}`" if cost.source else ""
     measured = (
         f"On {cost.rows:,} held-out rows{of_what} ({cost.tokens:,} trained tokens, {cost.answers:,} greedy answers; "
-        f"fingerprint `{cost.fingerprint[:16]}`). KL and the top token are against the first line."
+        f"fingerprint `{cost.fingerprint[:16]}`). KL (nats a token) and the share of places "
+        "with the same likeliest token are against the first line."
     )
     notes = "".join(f"\n- {note}" for note in cost.notes)
     return f"{cost_table(cost)}\n\n{measured}\n{notes}\n\n![What compression cost]({PLOT})"
 
 
-def write_report(report: GgufReport, provenance: Provenance, cost: Compression) -> Path:
-    """Write the numbers, the plot and a card with both beside the files of `report`; returns the card's path."""
+def measure_export(
+    report: GgufReport, model: Any, tokenizer: Any, rows: Any, *, run: str | Path | None = None, **options: Any
+) -> Compression:
+    """Measure every level of `report` on `rows`, and put numbers, plot and table beside the files; `options`: of `compression_cost`."""
+    files = {level.level: level.path for level in report.levels}
+    cost = compression_cost(model, tokenizer, files, rows, scratch=report.folder, **options)
     for name, content in ((NUMBERS, (json.dumps(cost.to_dict(), indent=2) + "\n").encode()), (PLOT, cost_png(cost))):
         with staging.staged_file(report.folder / name) as fresh:
             fresh.write_bytes(content)
-    return write_card(report, provenance, [("What compression cost", cost_section(cost))])
+    write_card(report, provenance_of(model, run), [("What compression cost", cost_section(cost))])
+    return cost

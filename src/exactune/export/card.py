@@ -43,7 +43,7 @@ def provenance_of(model: Any, run: str | Path | None = None) -> Provenance:
     folder = Path(run) if run is not None else None
     if folder is not None and (folder / "config.yaml").is_file():
         settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        recipe = {name: value for name, value in settings.items() if name not in _PRIVATE_FIELDS and value is not None}
+        recipe = {name: _named(value) for name, value in settings.items() if name not in _PRIVATE_FIELDS and value is not None}
         if (folder / "data.json").is_file():
             data = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     return Provenance(base, licence_of(base), recipe, data)
@@ -108,6 +108,13 @@ def _data_rows(data: dict[str, Any]) -> list[list[Any]]:
     facts = ("source", "format", "rows", "tokens", "trained_tokens", "fingerprint")
     named = {**data, **{part: {**facts_of, "source": Path(str(facts_of.get("source", ""))).name} for part, facts_of in data.items()}}
     return [[fact.replace("_", " "), *(named[part].get(fact, "") for part in data)] for fact in facts]
+
+
+def _named(value: Any) -> Any:
+    """Files and folders of this machine by their names alone."""
+    if isinstance(value, list):
+        return [_named(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _plain(value: Any) -> Any:

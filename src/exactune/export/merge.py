@@ -18,10 +18,11 @@ from torch import nn
 from exactune.errors import ConfigError, ModelError
 from exactune.export import staging
 from exactune.export.adapters import Ledger
+from exactune.export.card import provenance_of
 from exactune.export.job import Job
 from exactune.export.originals import Originals, find_originals, quantisation_errors
 from exactune.export.proof import prove
-from exactune.export.report import MergeReport
+from exactune.export.report import MergeReport, finished
 from exactune.export.shards import PROGRESS, write_checkpoint
 
 SAVE_METHODS = ("merged_16bit", "merged_4bit", "lora")
@@ -41,6 +42,7 @@ def merge(
     base: str = "auto",
     base_model: str | Path | None = None,
     held_out: Sequence[str] = (),
+    run: str | Path | None = None,
 ) -> MergeReport:
     """Write the active adapters merged into their base as a plain checkpoint with its tokenizer; `model` is left as it is.
 
@@ -50,6 +52,7 @@ def merge(
     `base`: what an adapter over a quantised model is merged onto: "dequantised" (the weights it was trained over), "original" (the
     16-bit weights they were made from, found where the model was loaded from or at `base_model`), or "auto": the one whose logits
     on `held_out` texts (a fixed set of prompts without) are closer to the model in memory.
+    `run`: folder of the run that made the model, whose recipe and data the card (README.md) then tells.
 
     Raises:
         ConfigError: an argument that cannot be meant.
@@ -66,9 +69,9 @@ def merge(
         from exactune.export.other_forms import save_adapter, save_four_bit
 
         if save_method == "lora":
-            return save_adapter(model, tokenizer, out_dir, overwrite=overwrite, verify=verify)
+            return save_adapter(model, tokenizer, out_dir, overwrite=overwrite, verify=verify, run=run)
         options = {"adapters": adapters, "base": base, "base_model": base_model, "held_out": held_out, "max_shard_size": max_shard_size}
-        return save_four_bit(model, tokenizer, out_dir, overwrite=overwrite, verify=verify, **options)
+        return save_four_bit(model, tokenizer, out_dir, overwrite=overwrite, verify=verify, run=run, **options)
 
     target = staging.prepare(out_dir, overwrite=overwrite)
     job = Job.plan(model, dtype, max_shard_size, adapters)
@@ -82,21 +85,22 @@ def merge(
         if base == "auto" and deviations.get("original", 1.0) < deviations.get("dequantised", 0.0):
             job = dataclasses.replace(job, originals=originals, ledger=Ledger())
             count, numbers = _write(job, tokenizer, folder, verify, held_out, originals)
-    return MergeReport(
-        path=target,
-        save_method=save_method,
-        dtype=str(job.dtype).removeprefix("torch."),
-        base_weights=job.base_weights,
-        files=tuple(sorted(path.name for path in target.iterdir())),
-        bytes=sum(shard.nbytes for shard in job.shards),
-        tensors=sum(len(shard.pieces) for shard in job.shards),
-        adapter_tensors=count,
-        tied_embeddings=job.still_tied,
-        seconds=time.perf_counter() - started,
-        notes=notes,
-        quantisation_errors=quantisation_errors(job, originals) if verify and originals is not None else {},
-        **numbers,
-    )
+        report = MergeReport(
+            path=target,
+            save_method=save_method,
+            dtype=str(job.dtype).removeprefix("torch."),
+            base_weights=job.base_weights,
+            files=(),
+            bytes=sum(shard.nbytes for shard in job.shards),
+            tensors=sum(len(shard.pieces) for shard in job.shards),
+            adapter_tensors=count,
+            tied_embeddings=job.still_tied,
+            seconds=time.perf_counter() - started,
+            notes=notes,
+            quantisation_errors=quantisation_errors(job, originals) if verify and originals is not None else {},
+            **numbers,
+        )
+        return finished(report, folder, provenance_of(model, run))
 
 
 def _write(

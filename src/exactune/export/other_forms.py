@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,21 @@ from torch import nn
 from exactune.errors import ArtefactError, DeviceError, ModelError
 from exactune.export import staging
 from exactune.export.anatomy import active_adapters, plain_model
+from exactune.export.card import provenance_of
 from exactune.export.proof import prove_template
-from exactune.export.report import MergeReport
+from exactune.export.report import MergeReport, finished
 from exactune.export.verify import compare, logits_of, prompts_for
 
 
-def save_adapter(model: nn.Module, tokenizer: Any, out_dir: str | Path, *, overwrite: bool = False, verify: bool = True) -> MergeReport:
+def save_adapter(
+    model: nn.Module,
+    tokenizer: Any,
+    out_dir: str | Path,
+    *,
+    overwrite: bool = False,
+    verify: bool = True,
+    run: str | Path | None = None,
+) -> MergeReport:
     """Write the active adapter with its tokenizer, as PEFT does, and read every tensor back.
 
     Raises:
@@ -39,19 +49,20 @@ def save_adapter(model: nn.Module, tokenizer: Any, out_dir: str | Path, *, overw
             from exactune.export.template_guard import check_template
 
             checks = check_template(tokenizer, folder)
-    return MergeReport(
-        path=target,
-        save_method="lora",
-        dtype=str(next(iter(_adapter_state(model, adapters[0]).values())).dtype).removeprefix("torch."),
-        base_weights="not merged",
-        files=tuple(sorted(path.name for path in target.iterdir())),
-        bytes=size,
-        tensors=count,
-        adapter_tensors=count,
-        tied_embeddings=bool(getattr(plain_model(model).config, "tie_word_embeddings", False)),
-        seconds=time.perf_counter() - started,
-        template_checks=checks,
-    )
+        report = MergeReport(
+            path=target,
+            save_method="lora",
+            dtype=str(next(iter(_adapter_state(model, adapters[0]).values())).dtype).removeprefix("torch."),
+            base_weights="not merged",
+            files=(),
+            bytes=size,
+            tensors=count,
+            adapter_tensors=count,
+            tied_embeddings=bool(getattr(plain_model(model).config, "tie_word_embeddings", False)),
+            seconds=time.perf_counter() - started,
+            template_checks=checks,
+        )
+        return finished(report, folder, provenance_of(model, run))
 
 
 def _adapter_state(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
@@ -84,7 +95,14 @@ def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 
 def save_four_bit(
-    model: nn.Module, tokenizer: Any, out_dir: str | Path, *, overwrite: bool = False, verify: bool = True, **options: Any
+    model: nn.Module,
+    tokenizer: Any,
+    out_dir: str | Path,
+    *,
+    overwrite: bool = False,
+    verify: bool = True,
+    run: str | Path | None = None,
+    **options: Any,
 ) -> MergeReport:
     """Merge in 16 bits, then quantise the merged weights to NF4 (double quantisation) and save that, as bitsandbytes does.
 
@@ -116,19 +134,19 @@ def save_four_bit(
         quantised.save_pretrained(folder, max_shard_size=options.get("max_shard_size", "5GB"))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        _remove_tree(sixteen)
+        shutil.rmtree(sixteen)
         numbers = _prove_four_bit(model, quantised, kind, tokenizer, folder, compute, options.get("adapters")) if verify else {}
-    weights = [path for path in target.iterdir() if path.suffix == ".safetensors"]
-    return dataclasses.replace(
-        merged,
-        path=target,
-        save_method="merged_4bit",
-        dtype="nf4",
-        files=tuple(sorted(path.name for path in target.iterdir())),
-        bytes=sum(path.stat().st_size for path in weights),
-        seconds=time.perf_counter() - started,
-        **numbers,
-    )
+        weights = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
+        report = dataclasses.replace(
+            merged,
+            path=target,
+            save_method="merged_4bit",
+            dtype="nf4",
+            bytes=sum(path.stat().st_size for path in weights),
+            seconds=time.perf_counter() - started,
+            **numbers,
+        )
+        return finished(report, folder, provenance_of(model, run))
 
 
 def _prove_four_bit(
@@ -152,9 +170,3 @@ def _load(folder: Path, kind: type, **options: Any) -> Any:
 
     loader: Any = AutoModelForCausalLM if "ForCausalLM" in kind.__name__ or kind.__name__.endswith("LMHeadModel") else kind
     return loader.from_pretrained(folder, **options)
-
-
-def _remove_tree(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder)

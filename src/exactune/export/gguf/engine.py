@@ -51,6 +51,8 @@ def opened(
     if not vocabulary_only:
         step = min(context, _BATCH)
         options = {"n_ctx": context, "n_batch": step, "n_ubatch": step, "type_k": _F32, "type_v": _F32}
+        threads = torch.get_num_threads()  # not llama.cpp's own guess: its threads spin, and share the cores badly with others
+        options |= {"n_threads": threads, "n_threads_batch": threads}
         options |= {"n_gpu_layers": 0, "flash_attn": False, "lora_path": str(lora) if lora else None}
     with messages() as said:
         try:

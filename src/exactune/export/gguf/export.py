@@ -74,8 +74,7 @@ def export_gguf(
         seconds=time.perf_counter() - started,
         notes=plan.notes(),
     )
-    write_card(report, provenance_of(model, run))
-    return report
+    return dataclasses.replace(report, card=write_card(report, provenance_of(model, run)))
 
 
 @dataclasses.dataclass(frozen=True)

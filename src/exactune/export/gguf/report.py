@@ -47,6 +47,7 @@ class GgufReport:
     modelfile: Path
     seconds: float
     notes: tuple[str, ...] = ()
+    card: Path | None = None
 
     def summary(self) -> str:
         head = f"{self.folder}: {self.architecture}, pre-tokenizer {self.pre_tokenizer}, {self.checks} checks a file in llama.cpp"
