@@ -121,7 +121,7 @@ def output(attention: Attention, attended: Tensor) -> tuple[Tensor, Tensor]:
     """(a [N, E], P [N, R]) of attention's output [B, T, H, D] or [N, HD]."""
     flat = attended.reshape(-1, attention.q_width)
     room = Roomy(flat.shape[0], attention.q_width, attention.out.rank, like=flat)
-    room.data.copy_(flat)
+    ops.copy_rows(flat, room.data)
     return attention.out.forward(room), room.room.clone()
 
 

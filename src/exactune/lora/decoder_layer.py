@@ -115,7 +115,7 @@ def _with_room(layer: Layer, batch: Batch, dy: Tensor) -> Roomy:
     if handed is not None and handed.is_behind(dy) and handed.room.shape[1] == _room(layer):
         return handed
     room = Roomy.shaped_as(dy, _room(layer))
-    room.data.copy_(dy)
+    ops.copy_rows(dy, room.data)
     return room
 
 

@@ -224,7 +224,8 @@ class Group:
                 if projection.adapter is not None:
                     a, b = projection.adapter.a, projection.adapter.b
                     add_grad(grads, a, da[rank : rank + a.shape[0]])
-                    add_grad(grads, b, own * projection.adapter.scale)
+                    scale = projection.adapter.scale
+                    add_grad(grads, b, own if scale == 1.0 else own * scale)
                     rank += a.shape[0]
         if self.trains_base:
             assert x is not None
@@ -235,7 +236,7 @@ class Group:
         """P'ᵀ x [R, I]. A normed input need not be formed: P'ᵀ diag(rstd) x diag(w) = ((P' ∘ rstd)ᵀ x) ∘ w."""
         if isinstance(x, Tensor):
             return ops.rank_grad(p_dy, x)
-        scaled = (p_dy * x.rstd[:, None]).to(p_dy.dtype)
+        scaled = torch.mul(p_dy, x.rstd[:, None], out=torch.empty_like(p_dy, memory_format=torch.contiguous_format))  # rounded once
         return ops.rank_grad(scaled, x.x) * x.norm.column_scale()
 
     def _blocks(self, db: Tensor) -> list[Tensor]:

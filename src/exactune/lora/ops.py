@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 if has_triton():  # the modules below import it; without it everything here runs on the reference
     from exactune.kernels import adapter_slots, gated, gated_lora, nf4, rotary, rotary_norm
+    from exactune.kernels import copy_rows as rows_kernel
     from exactune.kernels import layer_norm as layer_norm_kernel
     from exactune.kernels import rms_norm as rms_norm_kernel
 
@@ -47,6 +48,14 @@ def rank_grad(p: Tensor, x: Tensor) -> Tensor:
 
 def _into(out: Tensor | None, y: Tensor) -> Tensor:
     return y if out is None else out.copy_(y)
+
+
+def copy_rows(x: Tensor, out: Tensor) -> None:
+    """`x` [N, E] into `out` [N, E], a slice of a wider buffer."""
+    if kernels_run_on(x.device) and x.stride(1) == 1:
+        rows_kernel.copy_rows(x, out)
+    else:
+        out.copy_(x)
 
 
 def rms_norm_forward(x: Tensor, norm: Norm, out: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -39,8 +39,9 @@ class Norm:
         return getattr(self.module, "weight", None)  # type: ignore[return-value]  # None only for norms that stand alone
 
     def column_scale(self) -> Tensor:
-        """What each column is multiplied by, `[E]`, float32 or wider."""
-        return self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32)) + self.offset
+        """What each column is multiplied by, `[E]`; as exact as it is stored, so that a product with it in float32 rounds once."""
+        weight = self.weight.detach()
+        return weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.offset if self.offset else weight
 
 
 @dataclass

@@ -24,7 +24,7 @@ from exactune.kernels.token_logprobs import token_logprobs
 from exactune.lora.live import Adapter, Unreadable, read_projection
 from exactune.models.fused_layer import CAUSAL, Shared
 from exactune.models.outputs import CausalLMOutput, Deferred, TokenLogProbs
-from exactune.models.replay import Inputs, Passes, launch_bound
+from exactune.models.replay import LAUNCH_BOUND, Inputs, Passes, operations_a_token
 
 
 @dataclass
@@ -77,6 +77,7 @@ class CausalForward:
         self.model, self.decoder, self.head = model, decoder, head
         self.shared, self.layers, self.all_fused = shared, layers, all_fused
         self.active = True
+        self._operations = max(map(operations_a_token, layers), default=0.0)
         functools.update_wrapper(self, type(model).forward)  # generate() reads the stock signature
 
     def __call__(self, *args: Any, labels: Tensor | None = None, token_log_probs: bool = False, **kwargs: Any) -> Any:
@@ -154,7 +155,7 @@ class CausalForward:
         if self.passes is None or (self.shared.cu_seqlens is not None and labels.shape[0] > 1):
             return False
         asked = {name for name, value in kwargs.items() if value is not None and value is not False}
-        return "input_ids" in asked and asked <= REPLAYABLE and launch_bound(labels.numel(), self.layers[0])
+        return "input_ids" in asked and asked <= REPLAYABLE and labels.numel() * self._operations < LAUNCH_BOUND
 
     def _replayed(
         self, shifted: Tensor, options: dict[str, Any], token_log_probs: bool, num_items: Any, kwargs: dict[str, Any]

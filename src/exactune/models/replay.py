@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +24,7 @@ from exactune.lora.group import Group
 
 SEEN_BEFORE = 2  # eager passes of a key before it is recorded: shapes that never come again are not worth it
 MOST = 12  # recordings a model; each holds the activations of its pass
-LAUNCH_BOUND = 2e12  # operations a layer and step, about 4 ms on the fastest GPUs: beyond, launches hide behind the work
+LAUNCH_BOUND = 2e12  # operations a layer and step, some 3 ms on the fastest GPUs: beyond, launches hide behind the work
 
 HARMLESS_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")  # transformers' and PEFT's, for checkpointing
 
@@ -57,29 +57,54 @@ class CudaCapture:
 
     def record(self, run: Callable[[], tuple]) -> tuple[Callable[[], None], tuple]:
         graph = torch.cuda.CUDAGraph()
-        # Only this thread has to behave: a data loader's thread may pin memory meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            results = run()
+        generator = torch.cuda.default_generators[self._stream.device_index]
+        state = generator.clone_state()
+        try:
+            # Only this thread has to behave: a data loader's thread may pin memory meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                results = run()
+        except BaseException:
+            generator.graphsafe_set_state(state)  # a capture that broke off leaves it waiting for the capture's end
+            raise
         return graph.replay, results
+
+
+class _Carrier(nn.Module):
+    """A module whose forward is the pass, so that `functional_call` can put other tensors in the place of its parameters."""
+
+    def __init__(self, model: nn.Module, compute: Compute):
+        super().__init__()
+        self.model, self._compute = model, compute
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        return self._compute(inputs)
 
 
 class Recording:
     """One recorded pass. Its outputs are overwritten by the next replay of any recording, so they are copied out at once."""
 
-    def __init__(self, compute: Compute, inputs: Inputs, trained: Sequence[Tensor], groups: list[Group], capture: Capture):
-        self.trained = trained
+    def __init__(self, compute: Compute, inputs: Inputs, model: nn.Module, groups: list[Group], capture: Capture):
+        names, self.trained = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
+        self._storage = [p.detach() for p in self.trained]  # what the graphs read stays allocated as long as they do
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self._groups = groups
         self._open: Callable[[], object | None] = lambda: None
-        live: list[tuple[Tensor, ...]] = []
+        live: list[tuple[tuple[Tensor, ...], list[Tensor]]] = []
 
         def forward() -> tuple[Tensor, ...]:
+            # Through aliases made here: a parameter's own gradient node belongs to the stream that it was first used on, as long as
+            # any loss of an earlier step is alive, and that stream may not be waited for while another is recorded.
+            carrier = _Carrier(model, compute)
             with torch.enable_grad():
-                live.append(compute(self._inputs))
-            return tuple(t.detach() for t in live[-1])
+                aliases = [p.view_as(p) for p in self.trained]
+                places = {f"model.{name}": alias for name, alias in zip(names, aliases)}
+                outputs = torch.func.functional_call(carrier, places, (self._inputs,))
+            live.append((outputs, aliases))
+            return tuple(t.detach() for t in outputs)
 
         def backward() -> tuple[Tensor | None, ...]:
-            return torch.autograd.grad(live.pop()[0], trained, self._upstream, allow_unused=True)
+            outputs, aliases = live.pop()
+            return torch.autograd.grad(outputs[0], aliases, self._upstream, allow_unused=True)
 
         def both() -> None:
             self._upstream = torch.ones_like(forward()[0])
@@ -94,13 +119,16 @@ class Recording:
         """True between a replayed forward and its backward: another forward now would overwrite what that backward needs."""
         return self._open() is not None
 
-    def forward(self, inputs: Inputs, token: object) -> tuple[Tensor, ...]:
-        """The outputs for `inputs`, copied; the recording waits for its backward for as long as `token` lives."""
+    def start(self, inputs: Inputs) -> None:
+        """Replay the forward for `inputs`."""
         for name, place in self._inputs.items():
             place.copy_(inputs[name], non_blocking=True)
         self._forward()
         for group in self._groups:
             group.claim_slots()
+
+    def outputs(self, token: object) -> tuple[Tensor, ...]:
+        """What `start` gave, copied; the recording waits for its backward for as long as `token` lives."""
         self._open = weakref.ref(token)
         return tuple(t.clone() for t in self._outputs)
 
@@ -124,9 +152,9 @@ class Replay(torch.autograd.Function):
     """(first output, differentiable; the others) of a recorded pass; `trained` are listed for autograd alone."""
 
     @staticmethod
-    def forward(ctx: Any, recording: Recording, inputs: Inputs, *trained: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, recording: Recording, *trained: Tensor) -> tuple[Tensor, ...]:
         ctx.recording, ctx.token = recording, _Token()
-        outputs = recording.forward(inputs, ctx.token)
+        outputs = recording.outputs(ctx.token)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -138,7 +166,7 @@ class Replay(torch.autograd.Function):
                 "Trying to backward through a replayed pass a second time; accelerate(model, cuda_graphs=False) keeps its graph."
             )
         ctx.token = None
-        return None, None, *ctx.recording.backward(upstream)
+        return None, *ctx.recording.backward(upstream)
 
 
 class Passes:
@@ -150,6 +178,7 @@ class Passes:
         self._groups = groups
         self._seen: Counter[Hashable] = Counter()
         self._recordings: dict[Hashable, Recording | None] = {}
+        self._latest: dict[Hashable, tuple[Hashable, Recording]] = {}  # by shape: the key that came last
         self._adapted: list[Any] = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "active_adapters")]
         factors = {id(p) for m in self._adapted for part in (m.lora_A, m.lora_B) for p in part.parameters()}
         self._others = [p for p in model.parameters() if id(p) not in factors]
@@ -168,7 +197,14 @@ class Passes:
             return None  # gradients as large as the weights are not worth a second set
         device = self._embedding.weight.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = kind, autocast, tuple((n, tuple(t.shape), t.dtype) for n, t in inputs.items()), self._adapters()
+        shape = kind, autocast, self._embedding.weight.data_ptr(), tuple((n, tuple(t.shape), t.dtype) for n, t in inputs.items())
+        # Started on the guess that no adapter has been switched: the GPU works while the host finds out. A wrong guess wastes that
+        # pass; it has written nothing but the recording's own memory and slots that whoever comes next fills anew.
+        latest = self._latest.get(shape)
+        started = latest is not None and not latest[1].waiting
+        if latest is not None and started:
+            latest[1].start(inputs)
+        key = shape, self._adapters()
         if key not in self._recordings:
             self._seen[key] += 1
             if self._seen[key] <= SEEN_BEFORE or len(self._recordings) >= MOST:
@@ -177,16 +213,20 @@ class Passes:
         recording = self._recordings[key]
         if recording is None or recording.waiting:
             return None
-        return Replay.apply(recording, inputs, *recording.trained)
+        if not (started and latest is not None and latest[0] == key):
+            recording.start(inputs)
+            self._latest[shape] = key, recording
+        return Replay.apply(recording, *recording.trained)
 
     def clear(self) -> None:
         """Forget every recording and free its memory."""
         self._recordings.clear()
+        self._latest.clear()
         self._seen.clear()
 
     def _adapters(self) -> tuple:
         """Everything about the adapters and hooks that a recording has burnt in; read at every pass, so it has to be cheap."""
-        found: list[Any] = [len(self._embedding._forward_hooks), self._embedding.weight.data_ptr()]
+        found: list[Any] = [len(self._embedding._forward_hooks)]
         for module in self._adapted:
             found.append(
                 (module.disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters), len(module._forward_hooks))
@@ -200,16 +240,18 @@ class Passes:
     def _record(self, compute: Compute, inputs: Inputs) -> Recording | None:
         model = self._model()
         assert model is not None
-        trained = [p for p in model.parameters() if p.requires_grad]
         why = _obstacle(model)
         if why is None:
             try:
                 groups = [group.bound(_dtype_of(model)) for group in self._groups]
-                return Recording(compute, inputs, trained, groups, self._capture)
+                return Recording(compute, inputs, model, groups, self._capture)
             except torch.OutOfMemoryError:
                 why = "no memory to hold a second set of activations"
             except RuntimeError as error:  # an operation that waits for the GPU, or that a capture does not allow
-                why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+                first: BaseException = error
+                while first.__context__ is not None:
+                    first = first.__context__
+                why = f"{type(first).__name__}: {str(first).strip().splitlines()[0][:160]}"
         self.refused[why] += 1
         return None
 
@@ -233,7 +275,6 @@ def _obstacle(model: Any) -> str | None:
     return None
 
 
-def launch_bound(tokens: int, layer: nn.Module) -> bool:
-    """Whether a training step of `tokens` tokens keeps the host busier than a fast GPU; 4 operations a token and frozen weight."""
-    weights = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in layer.parameters())
-    return 4.0 * tokens * weights < LAUNCH_BOUND
+def operations_a_token(layer: nn.Module) -> float:
+    """Of a training step through `layer`, its weights frozen: 2 forward and 2 backward a weight (4-bit weights are packed in pairs)."""
+    return 4.0 * sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in layer.parameters())
