@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, get_cosine_schedule_with_warmup
 
 from exactune.train.grouping import LengthGroupedSampler
 
@@ -102,12 +102,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--load-in-4bit", action="store_true", help="keep the base in NF4")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradients")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    quantised = {"quantization_config": nf4} if args.load_in_4bit else {}
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, device_map={"": device}, **quantised)
     rows = rows_of("train")[-DEVELOPMENT:]
     print("before", scores(model, tokenizer, rows, batch=50), flush=True)
     model = get_peft_model(model, LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM"))

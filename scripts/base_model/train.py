@@ -20,6 +20,11 @@ from safetensors.torch import load_file
 from base_model.shape import CONTEXT, SHAPES, new_model
 
 STREAMS = ("plain", "chat")
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 
 
 @dataclass
@@ -76,6 +81,38 @@ class Windows:
         return self.streams[name].unfold(0, CONTEXT + 1, CONTEXT)[:rows].long()
 
 
+NF4_BLOCK = 64
+
+
+@torch.no_grad()
+def rounded_to_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """`weight` as NF4 with one absolute maximum a block of 64 would hold it (Dettmers et al. 2023, "QLoRA", appendix E)."""
+    blocks = weight.reshape(-1, NF4_BLOCK)
+    scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12)
+    levels = torch.tensor(NF4, device=weight.device)
+    nearest = torch.bucketize(blocks / scale, (levels[1:] + levels[:-1]) / 2)
+    return (levels[nearest] * scale).view_as(weight)
+
+
+class Nf4Passes:
+    """Every other step computes with the layers' weights rounded to NF4, its gradients applied to the weights as they are.
+
+    A model this small has little redundancy: trained without, its 4-bit form copies worse, and a QLoRA run pays for it.
+    """
+
+    def __init__(self, model, enabled: bool):
+        self.weights = [p for name, p in model.named_parameters() if enabled and name.endswith("_proj.weight")]
+
+    def begin(self, step: int) -> None:
+        self.whole = [p.detach().clone() for p in self.weights] if step % 2 else []
+        for p, whole in zip(self.weights, self.whole, strict=False):
+            p.data.copy_(rounded_to_nf4(whole))
+
+    def end(self) -> None:
+        for p, whole in zip(self.weights, self.whole, strict=False):
+            p.data.copy_(whole)
+
+
 def loss_of(model, ids: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats per token, logits in float32."""
     # Only on a GPU: a CPU without bfloat16 instructions multiplies it fifty times slower than float32.
@@ -108,13 +145,16 @@ def pretrain(model, windows: Windows, args: argparse.Namespace) -> tuple[int, fl
     compiled = torch.compile(model) if args.compile else model
     loss_of(compiled, windows.batch(args.batch)).backward()  # pays for compilation before the clock starts
     model.zero_grad()
+    nf4 = Nf4Passes(model, args.nf4)
     step, start = 0, time.perf_counter()
     while (gone := max((time.perf_counter() - start) / (60 * args.minutes), step / args.max_steps)) < 1:
         rate = args.learning_rate * min(1, (step + 1) / args.warmup) * (1 + math.cos(math.pi * gone)) / 2
         for group in optimizer.param_groups:
             group["lr"] = rate
+        nf4.begin(step)
         loss = loss_of(compiled, windows.batch(args.batch))
         loss.backward()
+        nf4.end()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -139,6 +179,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=200, help="steps")
     parser.add_argument("--chat-share", type=float, default=0.6)
     parser.add_argument("--copy-share", type=float, default=0.0)
+    parser.add_argument("--nf4", action="store_true", help="every other step with weights rounded to NF4")
     parser.add_argument("--report-every", type=int, default=500, help="steps")
     parser.add_argument("--held-out-rows", type=int, default=1500, help="windows of each kind for the final perplexity")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
