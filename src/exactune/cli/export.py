@@ -17,6 +17,7 @@ def export(
     more: Annotated[list[str] | None, typer.Argument(metavar="[LEVEL]...", help="Further levels, as in --gguf q8_0 q4_k_m.")] = None,
     gguf: Annotated[list[str] | None, typer.Option("--gguf", metavar="LEVEL", help="f16, q8_0, q4_k_m, ...; left out, q8_0.")] = None,
     lora: Annotated[bool, typer.Option("--lora", help="The adapter alone, as a GGUF file to put on the base's.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Write the merged 16-bit folder as well, RUN_OR_MODEL/merged.")] = False,
     to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="Folder to write into; left out, RUN_OR_MODEL/gguf.")] = None,
     evaluate: Annotated[
         str | None,
@@ -51,6 +52,11 @@ def export(
     with quiet():
         model, tokenizer = open_model(target)
         samples = importance_samples(imatrix, run, tokenizer) if imatrix else None
+        if merge:
+            from exactune.export.merge import merge as write_merged
+
+            merged = Path(target) / "merged"
+            typer.echo(write_merged(model, tokenizer, merged, overwrite=overwrite, run=run.path if run else None).summary())
         if lora:
             from exactune.export.gguf.lora import export_lora
 
@@ -91,7 +97,7 @@ def show(cost: Compression) -> None:
     header, rows = columns(cost)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), title=f"What compression cost, on {cost.rows} held-out rows")
     for name in header:
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, no_wrap=bool(name))
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 100).print(table)

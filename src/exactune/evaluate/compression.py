@@ -97,9 +97,8 @@ def compression_cost(
 
 
 def _own_name(model: PreTrainedModel) -> str:
-    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     packed = bool(getattr(model, "is_loaded_in_4bit", False))
-    return f"trained model, {'NF4 and ' if packed else ''}{dtype}"
+    return "trained model, " + ("NF4" if packed else str(model.get_input_embeddings().weight.dtype).removeprefix("torch."))
 
 
 @dataclasses.dataclass
