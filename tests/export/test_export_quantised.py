@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from exactune.errors import ConfigError, ModelError
 from exactune.export.merge import merge
+from exactune.export.verify import logits_of
 from export_models import adapt, prompts, same_logits, tiny, tokenizer
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -96,3 +97,39 @@ def test_adapter_alone(tmp_path):
     assert report.adapter_tensors == 28
     with pytest.raises(ModelError, match="no adapter"):
         merge(tiny("llama"), tokenizer(), tmp_path / "none", save_method="lora")
+
+
+def int8(folder, dtype=torch.float32):
+    tiny("llama", dtype=torch.bfloat16, hidden_size=64).save_pretrained(folder)
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+    return adapt(base, target_modules=LINEARS, r=4)
+
+
+def test_int8_base_merges_onto_its_dequantised_weights(tmp_path):
+    """A layer's forward rounds its input to 8 bits as well, which no plain weight can: the bound knows of it."""
+    model = int8(tmp_path / "base")
+    before = logits_of(model, prompts())
+    report = merge(model, tokenizer(), tmp_path / "merged", dtype="float32", base="dequantised")
+    assert report.base_weights == "dequantised" and report.adapter_tensors == 2 * 14
+    assert 0 < report.relative_error < report.bound < report.adapter_effect
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").model.layers[0].mlp.up_proj.weight
+    base, delta = layer.base_layer, layer.get_delta_weight("default")
+    torch.testing.assert_close(merged, base.weight.data.float() * base.state.SCB[:, None] / 127 + delta, rtol=1e-6, atol=1e-8)
+    assert all(map(torch.equal, before, logits_of(model, prompts())))
+
+
+def test_int8_base_onto_the_original_too(tmp_path):
+    report = merge(int8(tmp_path / "base", torch.bfloat16), tokenizer(), tmp_path / "merged")
+    assert set(report.deviations) == {"dequantised", "original"} and len(report.quantisation_errors) == 14
+
+
+def test_other_quantised_bases_are_refused(tmp_path):
+    class Stranger:
+        quantization_config = type("Config", (), {"quant_method": "gptq"})()
+
+    model = adapt(tiny("llama"), target_modules=LINEARS, r=4)
+    model.get_base_model().hf_quantizer = Stranger()
+    with pytest.raises(ModelError, match="quantised with gptq"):
+        merge(model, tokenizer(), tmp_path / "merged")

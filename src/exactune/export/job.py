@@ -15,6 +15,7 @@ from torch import nn
 from exactune.errors import ArtefactError, ConfigError, ModelError
 from exactune.export.adapters import Ledger, merged_tensor
 from exactune.export.anatomy import Slot, active_adapters, adapter_tensors, check_mergeable, plain_model, slots_of
+from exactune.export.dequantise import dequantised
 from exactune.export.layout import Group, Shard, groups_on_disk, shard_bytes, shards_of, to_disk_layout, untied
 from exactune.export.originals import Originals
 
@@ -62,6 +63,12 @@ class Job:
         return [group for group in self.groups if any(slot.quantised for slot in group.slots)]
 
     @property
+    def activation_rounding(self) -> float:
+        """Relative rounding of what the model in memory feeds its layers: int8 layers round their inputs to 127 steps a row."""
+        eight_bits = any(type(slot.source).__name__ == "Int8Params" for group in self.groups for slot in group.slots)
+        return 1 / 127 if eight_bits else 0.0
+
+    @property
     def base_weights(self) -> str:
         """What the adapter is merged onto, in a word."""
         if not self.quantised:
@@ -88,9 +95,7 @@ class Job:
         if slot.quantised and self.originals is not None:
             return self.originals.get(group.pieces[0].name)
         if slot.quantised:
-            from peft.utils.integrations import dequantize_module_weight
-
-            return dequantize_module_weight(slot.owner).detach()
+            return dequantised(slot.owner).detach()
         return ledger.take(slot.source) if slot.trained_copy else slot.source.detach()
 
     def trained_ids(self) -> list[int]:

@@ -94,7 +94,7 @@ def merge(
             bytes=sum(shard.nbytes for shard in job.shards),
             tensors=sum(len(shard.pieces) for shard in job.shards),
             adapter_tensors=count,
-            tied_embeddings=job.still_tied,
+            tied_embeddings=job.still_tied and bool(getattr(job.base.config.get_text_config(), "tie_word_embeddings", False)),
             seconds=time.perf_counter() - started,
             notes=notes,
             quantisation_errors=quantisation_errors(job, originals) if verify and originals is not None else {},

@@ -67,7 +67,8 @@ def _prove_logits(job: Job, tokenizer: Any, folder: Path, texts: Sequence[str], 
     agreement = {name: compare(found, wanted) for name, found in logits.items()}
     # over the original weights the model is another one: what must agree is the merge onto the weights it was trained over
     trained_over = agreement["dequantised" if job.quantised else "16-bit"]
-    noise = rounding_noise(reloaded, prompts, logits[job.base_weights], unit_roundoff(job.dtype, computed_in))
+    unit = max(unit_roundoff(job.dtype, computed_in), job.activation_rounding)
+    noise = rounding_noise(reloaded, prompts, logits[job.base_weights], unit)
     if not trained_over.relative_error <= SLACK * noise:
         raise ArtefactError(
             f"The merged model's logits are off by {trained_over.relative_error:.3g} (relative), where rounding to {job.dtype} explains "

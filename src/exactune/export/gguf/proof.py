@@ -74,7 +74,7 @@ class Examiner:
 
     def _unit(self, level: str, weight_error: float) -> float:
         """The relative rounding that one product of the file is off by: its weights, llama.cpp's activations, the model's own dtype."""
-        activations = activation_rounding(level, self.plan.family.float16_activation)
+        activations = max(activation_rounding(level, self.plan.family.float16_activation), self.plan.job.activation_rounding)
         computed_in = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         return math.sqrt(3 * weight_error**2 + activations**2 + (torch.finfo(computed_in).eps / 2) ** 2)
 
