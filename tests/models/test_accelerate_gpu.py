@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from exactune.models.accelerate import accelerate, undo
+from exactune.models.replay import SEEN_BEFORE
 from exactune.models.verify import truth_of
 from families import FAMILIES, loss_and_grads, random_batch, tiny_model, with_lora
 
@@ -50,17 +51,20 @@ def assert_no_further_than_stock(model, dtype, batch):
     truth = loss_and_grads(twin, **batch)
     stock = run(model, batch, dtype)
     report = accelerate(model)
-    fast = run(model, batch, dtype)
-    again = run(model, batch, dtype)
+    passes = [run(model, batch, dtype) for _ in range(SEEN_BEFORE + 2)]
     assert not report.stock_calls, report.summary()
     assert report.fused_layers == report.layers, report.summary()
     assert report.head == "fused"
     floor = 8 * torch.finfo(torch.float32).eps
-    assert abs(fast[0] - truth[0]) <= RATIO * abs(stock[0] - truth[0]) + floor * abs(truth[0]) + torch.finfo(dtype).eps * 0.05
-    assert relative_error(fast[1], truth[1]) <= RATIO * relative_error(stock[1], truth[1]) + floor
-    assert median_ratio(fast[1], stock[1], truth[1]) <= RATIO
-    assert fast[0] == again[0]
-    assert all(torch.equal(fast[1][n], again[1][n]) for n in fast[1]), "not the same bits twice"
+    eager, again, *replayed = passes
+    for fast in (eager, replayed[0]):  # the third pass of a shape is recorded, where adapters alone are trained
+        assert abs(fast[0] - truth[0]) <= RATIO * abs(stock[0] - truth[0]) + floor * abs(truth[0]) + torch.finfo(dtype).eps * 0.05
+        assert relative_error(fast[1], truth[1]) <= RATIO * relative_error(stock[1], truth[1]) + floor
+        assert median_ratio(fast[1], stock[1], truth[1]) <= RATIO
+    for one, other in ((eager, again), replayed):
+        assert one[0] == other[0]
+        assert all(torch.equal(one[1][n], other[1][n]) for n in one[1]), "not the same bits twice"
+    assert report.passes is not None and not report.passes.refused
     return report
 
 
@@ -125,7 +129,8 @@ def test_fifty_steps_stay_as_close_to_the_truth_as_stock_runs_do(dtype):
     accelerate(fast)
     ours = losses(fast, dtype)
     stock = [distance(losses(model, dtype)) for model in (start, eager)]
-    assert distance(ours) <= RATIO * max(stock), (distance(ours), stock)
+    rounding = torch.finfo(torch.float32).eps * max(truth) / 2  # the losses are float32 numbers
+    assert distance(ours) <= RATIO * max(stock) + rounding, (distance(ours), stock)
     assert ours[-1] < ours[0] - 0.5, "nothing was learned"
 
 

@@ -1,7 +1,9 @@
-"""Recorded passes as real CUDA graphs: the same bits as the eager accelerated model where shapes are the same, in real training."""
+"""Recorded passes as real CUDA graphs in real training: beside the eager accelerated model, whose head sums in another order (it leaves
+rows without a label out, and each row's last token has none). Their distance from the truth is measured in `test_accelerate_gpu`."""
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from families import with_lora
 
 pytestmark = pytest.mark.gpu
 
-TOKENS = 192  # a multiple of the bucket: nothing is filled up, so that eager and replayed passes have the same shapes
+TOKENS = 192
 
 
 def batch_of(seed, rows=2, tokens=TOKENS, prompt=0):
@@ -46,18 +48,18 @@ def twins(model):
     return model, eager
 
 
-def assert_same_bits(ours, eager):
+def assert_same_training(ours, eager):
     for (loss, grads), (eager_loss, eager_grads) in zip(ours, eager, strict=True):
-        assert loss == eager_loss
+        assert loss == pytest.approx(eager_loss, rel=1e-3)
         for name, grad in eager_grads.items():
-            assert torch.equal(grads[name], grad), name
+            assert (grads[name] - grad).norm() <= 0.02 * grad.norm(), name
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma"])
-def test_the_same_bits_as_without_graphs(family):
+def test_training(family):
     model, eager = twins(with_lora(gpu_model(family, torch.bfloat16)))
     batches = [batch_of(seed) for seed in range(8)]
-    assert_same_bits(training(model, batches), training(eager, batches))
+    assert_same_training(training(model, batches), training(eager, batches))
     passes = report_of(model).passes
     assert len(passes) == 1 and not passes.refused
 
@@ -74,7 +76,7 @@ def test_nf4(tmp_path):
             if name in start:
                 parameter.copy_(start[name])
     report = accelerate(model)
-    assert_same_bits(training(model, batches), eager)
+    assert_same_training(training(model, batches), eager)
     assert len(report.passes) == 1 and not report.passes.refused
 
 
@@ -84,18 +86,14 @@ def test_recomputation_inside_a_graph():
         m.gradient_checkpointing_enable()
         m.enable_input_require_grads()
     batches = [batch_of(seed) for seed in range(5)]
-    assert_same_bits(training(model, batches), training(eager, batches))
+    assert_same_training(training(model, batches), training(eager, batches))
     assert len(report_of(model).passes) == 1
 
 
 def test_prompts_and_lengths_that_change():
-    """Other shapes in the head, so other orders of summing: close, not the same bits."""
     model, eager = twins(with_lora(gpu_model("llama", torch.bfloat16)))
     batches = [batch_of(seed, tokens=150 + 5 * seed, prompt=11 * seed) for seed in range(8)]
-    for (loss, grads), (eager_loss, eager_grads) in zip(training(model, batches), training(eager, batches), strict=True):
-        assert loss == pytest.approx(eager_loss, rel=1e-3)
-        for name, grad in eager_grads.items():
-            assert (grads[name] - grad).norm() <= 0.02 * grad.norm(), name
+    assert_same_training(training(model, batches), training(eager, batches))
     assert len(report_of(model).passes) == 1
 
 
@@ -108,10 +106,7 @@ def test_packed_rows():
         longest = int(cu.diff().max())
         packed = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": longest, "max_length_k": longest, "position_ids": positions}
         batches.append(batch_of(seed, rows=1, tokens=384) | packed)
-    for (loss, grads), (eager_loss, eager_grads) in zip(training(model, batches), training(eager, batches), strict=True):
-        assert loss == pytest.approx(eager_loss, rel=1e-3)
-        for name, grad in eager_grads.items():
-            assert (grads[name] - grad).norm() <= 0.02 * grad.norm(), name
+    assert_same_training(training(model, batches), training(eager, batches))
     assert 1 <= len(report_of(model).passes) <= 2 and not report_of(model).passes.refused
 
 
@@ -143,16 +138,34 @@ def test_trl(tmp_path, settings):
     assert len(report.passes) >= 1 and not report.passes.refused
 
 
+def test_the_loss_of_an_earlier_step_may_live_on():
+    model, eager = twins(with_lora(gpu_model("llama", torch.bfloat16)))
+    found = []
+    for m in (model, eager):
+        kept = [m(**batch_of(seed)).loss for seed in range(3)]  # three graphs at once, none of them walked back yet
+        for loss in kept:
+            loss.backward()
+        found.append((sum(kept).item(), {n: p.grad for n, p in m.named_parameters() if p.requires_grad}))
+    assert_same_training(found[:1], found[1:])
+    assert not report_of(model).passes.refused
+
+
+def test_a_capture_that_fails_leaves_the_process_well():
+    model, _ = twins(with_lora(gpu_model("llama", torch.bfloat16)))
+    decoder = model.get_base_model().get_decoder()
+    rotary = decoder.rotary_emb.forward
+    decoder.rotary_emb.forward = lambda x, positions: rotary(x, positions + 0 * int(positions.max()))  # waits for the GPU
+    training(model, [batch_of(seed) for seed in range(SEEN_BEFORE + 2)])
+    (why,) = report_of(model).passes.refused
+    assert "captur" in why.lower(), why
+    assert torch.rand(3, device="cuda").isfinite().all()
+
+
 def test_undo_frees_the_graphs():
     model = with_lora(gpu_model("llama", torch.bfloat16))
-    training(model, [batch_of(0)])
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
     accelerate(model)
     training(model, [batch_of(seed) for seed in range(SEEN_BEFORE + 2)])
-    assert len(report_of(model).passes) == 1
+    (recording,) = (weakref.ref(r) for r in report_of(model).passes._recordings.values())
     undo(model)
     gc.collect()
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= before + 2**25  # a workspace of cuBLAS for the recording stream stays
+    assert recording() is None

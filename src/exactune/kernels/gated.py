@@ -36,6 +36,21 @@ _TANH_SLOPE = tl.constexpr(1.5957691216057308)  # 2 c, c = sqrt(2 / pi)
 _TANH_CUBIC = tl.constexpr(0.044715)
 
 
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN2_HIGH = tl.constexpr(0.693359375)  # few bits, so that its products with whole numbers are exact
+_LN2_LOW = tl.constexpr(-2.12194440e-4)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) in float32 to a few ulp. `tl.exp` rounds x log2(e) first and loses as many ulp as x is large; here the whole
+    powers of two are taken out before (Cody and Waite, 1980)."""
+    x = tl.where(x < -100.0, -100.0, tl.where(x > 100.0, 100.0, x))  # a NaN stays one
+    power = tl.floor(0.5 - x * _LOG2_E)
+    rest = (-x - power * _LN2_HIGH) - power * _LN2_LOW
+    return tl.div_rn(1.0, 1.0 + tl.exp2(power) * tl.exp2(rest * _LOG2_E))
+
+
 @triton.jit
 def gate_and_slope(gate, KIND: tl.constexpr):
     """a(gate) and a'(gate) of float32 tiles; the caller has clamped."""
@@ -44,14 +59,14 @@ def gate_and_slope(gate, KIND: tl.constexpr):
         slope = s + gate * _NORMAL_DENSITY * tl.exp(-0.5 * gate * gate)
     elif KIND == "geglu_tanh":
         square = gate * gate
-        s = tl.sigmoid(_TANH_SLOPE * gate * (1.0 + _TANH_CUBIC * square))
+        s = sigmoid(_TANH_SLOPE * gate * (1.0 + _TANH_CUBIC * square))
         slope = s + gate * s * (1.0 - s) * _TANH_SLOPE * (1.0 + 3.0 * _TANH_CUBIC * square)
     elif KIND == "clamped_swiglu":
-        s = tl.sigmoid(_ALPHA * gate)
+        s = sigmoid(_ALPHA * gate)
         slope = s + _ALPHA * gate * s * (1.0 - s)
     else:
         tl.static_assert(KIND == "swiglu")
-        s = tl.sigmoid(gate)
+        s = sigmoid(gate)
         slope = s + gate * s * (1.0 - s)
     return gate * s, slope
 
