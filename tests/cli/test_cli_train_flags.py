@@ -74,10 +74,17 @@ def other_value(name: str, default: object, hint: object) -> tuple[object, str |
         "use_gradient_checkpointing": "unsloth",
         "lora_dropout": 0.5,
         "val_size": 0.5,
+        "objective": "dpo",
+        "layers_to_transform": [0, 3],
+        "lr_scheduler_kwargs": {"min_lr": 1e-5, "num_cycles": 2},
+        "dataset": ["a.jsonl", "owner/b-c"],
+        "dataset_weights": [0.5],
+        "reward_functions": ["valid_json", "my/reward.py:f"],
+        "reward_weights": [1.0, 0.5],
     }
     if name in special:
         value = special[name]
-        return value, ",".join(value) if isinstance(value, list) else str(value)
+        return value, ",".join(map(str, value)) if isinstance(value, list) else str(value)
     kinds = set(typing.get_args(hint)) - {type(None)} or {hint}
     if kinds == {bool}:
         return not default, None

@@ -6,13 +6,13 @@ import pytest
 
 from exactune.errors import OutputError
 from exactune.train import RunFolder, TrainConfig, train
-from exactune.train.trainer import RunTrainer
+from exactune.train.trainer import InRunFolder
 
 
 @pytest.mark.parametrize("limit", [50_000, 200_000], ids=["adapter", "optimizer"])
 def test_a_full_disk_while_saving_a_checkpoint(settings, monkeypatch, limit):
     """The kernel refuses every file past `limit` bytes, as a full disk would: first the adapter's writer meets it, then torch's."""
-    save = RunTrainer._save_checkpoint
+    save = InRunFolder._save_checkpoint
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
     def save_on_a_full_disk(self, model, trial):
@@ -23,7 +23,7 @@ def test_a_full_disk_while_saving_a_checkpoint(settings, monkeypatch, limit):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
-    monkeypatch.setattr(RunTrainer, "_save_checkpoint", save_on_a_full_disk)
+    monkeypatch.setattr(InRunFolder, "_save_checkpoint", save_on_a_full_disk)
     with pytest.raises(OutputError, match=r"disk is full[\s\S]*exactune train --resume"):
         train(TrainConfig(**settings))
     monkeypatch.undo()

@@ -116,11 +116,30 @@ def from_text(text: str, hint: Any) -> Any:
     members = _members(hint)
     takes_list = any(typing.get_origin(member) is list for member in members)
     # A regular expression may have commas of its own: only plain names are a list where text is allowed as well.
-    if takes_list and (str not in members or re.fullmatch(r"[\w.]+(,[\w.]+)+", text)):
+    if takes_list and (str not in members or re.fullmatch(r"[\w./:@+-]+(,[\w./:@+-]+)+", text)):
         return [part.strip() for part in text.split(",") if part.strip()]
+    if any(typing.get_origin(member) is dict for member in members):
+        return _mapping(text)
     if type(None) in members and str not in members and text.lower() in ("none", "null"):
         return None
     return text
+
+
+def _mapping(text: str) -> Any:
+    """`{min_lr: 1e-5}` or `min_lr=1e-5,power=2` as a dict; anything else as it is, for pydantic to refuse."""
+    import yaml
+
+    pairs = [part.partition("=") for part in text.split(",")] if "=" in text and not text.startswith("{") else []
+    held = {key.strip(): yaml.safe_load(value) for key, _, value in pairs} if pairs else yaml.safe_load(text)
+    # YAML 1.1 takes 1e-5, without a dot, for text.
+    return {key: _number(value) for key, value in held.items()} if isinstance(held, dict) else text
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -135,6 +154,8 @@ def _metavar(hint: Any) -> str:
             names.extend(map(str, typing.get_args(member)))
         elif typing.get_origin(member) is list:
             names.append("a,b,…")
+        elif typing.get_origin(member) is dict:
+            names.append("name=value,…")
         elif member is not type(None):
             names.append({str: "TEXT", int: "INT", float: "NUMBER", bool: "true|false"}.get(member, "VALUE"))
     return "|".join(names)

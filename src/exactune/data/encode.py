@@ -23,6 +23,17 @@ class Encoded:
     text: str
     offsets: list[Span]
     prompt_differs: bool = False
+    divides: bool = False  # one of several parts of a text
+
+    def divided(self, max_length: int | None) -> list[Encoded]:
+        """This sequence as parts of at most `max_length` tokens, in order. The first token of each part has nothing before it, and is
+        not learned there."""
+        if max_length is None or len(self.ids) <= max_length:
+            return [self]
+        # The last token of a part opens the next one too: it is learned in the one and read in the other.
+        starts = range(0, len(self.ids) - 1, max_length - 1)
+        cuts = [slice(start, start + max_length) for start in starts]
+        return [Encoded(self.ids[cut], [False, *self.learned[cut][1:]], self.text, self.offsets[cut], divides=True) for cut in cuts]
 
     @property
     def labels(self) -> list[int]:

@@ -48,15 +48,17 @@ class Prepared:
     learned_tokens: int = 0
     longest: int = 0
     notes: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # tokens of each row of `dataset`
+    unit: str = "sequences"
 
     def summary(self) -> str:
         """One line: sequences, format, tokens, and everything that was left out or cut."""
-        share = f"{self.learned_tokens / self.tokens:.0%} of them learned"
-        parts = [f"{len(self.dataset):,} sequences ({self.format}), {self.tokens:,} tokens, {share}, longest {self.longest:,}"]
+        share = f", {self.learned_tokens / self.tokens:.0%} of them learned" if self.learned_tokens else ""
+        parts = [f"{len(self.dataset):,} {self.unit} ({self.format}), {self.tokens:,} tokens{share}, longest {self.longest:,}"]
         for count, what in (
             (self.truncated, "cut to max_length"),
             (len(self.skipped), "bad rows skipped"),
-            (len(self.dropped), "rows without a learned token dropped"),
+            (len(self.dropped), "rows dropped, too long or with nothing to learn"),
         ):
             if count:
                 parts.append(f"{count:,} {what}")
@@ -72,12 +74,13 @@ def prepare(
     split: str | None = None,
     skip_bad_rows: bool = False,
     train_on: TrainOn = "auto",
+    split_long: bool = False,
 ) -> Prepared:
     """Read `source` (see `read_rows`), detect its format, render, tokenise and mask it.
 
     `train_on`: "auto" learns the assistant's turns or completions of conversations and pairs, and all of plain text; "assistant"
     the same but refuses plain text; "last_turn" the last assistant turn alone; "all" every token. A turn is learned with its
-    end-of-turn token. Sequences longer than `max_length` tokens lose their end.
+    end-of-turn token. Sequences longer than `max_length` tokens lose their end; with `split_long` plain text becomes several instead.
 
     Raises: `DataError` for rows that cannot be used (unless skipped), and where no row has anything to learn.
     """
@@ -90,9 +93,10 @@ def prepare(
     rows = normalised(raw, found, skip_bad_rows=skip_bad_rows)
     render = renderer(found, tokenizer, train_on)
     collected = _Collector(max_length)
+    divide = split_long and found.kind == "text" and max_length is not None
     refused: dict[int, BadRow] = {}
     for index, encoded in encode_rows(rows.records, render, Encoder(tokenizer), refused):
-        collected.add(index, encoded, rows)
+        collected.add(index, [part for whole in encoded for part in whole.divided(max_length)] if divide else encoded, rows)
     bad = {index: str(reason) for index, reason in refused.items()}
     if bad and not skip_bad_rows:
         refuse_or_skip(rows, bad, skip=False, total=len(raw))
@@ -168,12 +172,13 @@ class _Collector:
         self.ids: list[list[int]] = []
         self.labels: list[list[int]] = []
         self.sources: list[int] = []
+        self.lengths: list[int] = []
         self.dropped: list[tuple[int, str]] = []
         self.example: list[tuple[str, bool]] = []
         self.tokens = self.learned = self.longest = self.truncated = self.split = self.differing = 0
 
     def add(self, index: int, sequences: list[Encoded], rows: Rows) -> None:
-        self.split += len(sequences) > 1
+        self.split += len(sequences) > 1 and not sequences[0].divides
         self.differing += any(sequence.prompt_differs for sequence in sequences)
         kept = 0
         for sequence in sequences:
@@ -187,6 +192,7 @@ class _Collector:
             self.ids.append(sequence.ids[:size])
             self.labels.append(sequence.labels[:size])
             self.sources.append(index)
+            self.lengths.append(size)
             self.tokens, self.learned, self.longest = self.tokens + size, self.learned + learned, max(self.longest, size)
         if not kept:
             length = max((len(sequence.ids) for sequence in sequences), default=0)
@@ -224,6 +230,7 @@ class _Collector:
             learned_tokens=self.learned,
             longest=self.longest,
             notes=self._notes(),
+            lengths=self.lengths,
         )
 
     def _notes(self) -> list[str]:

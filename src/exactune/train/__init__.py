@@ -6,12 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 # Resolved when first used: the command line asks for TrainConfig without wanting torch.
-_PUBLIC = {"TrainConfig": "config", "train": "sft", "RunResult": "result", "RunFolder": "run_folder"}
+_PUBLIC = {
+    "TrainConfig": "config",
+    "train": "sft",
+    "RunResult": "result",
+    "RunFolder": "run_folder",
+    "FusedORPOTrainer": "fused_pairs",
+    "FusedCPOTrainer": "fused_pairs",
+}
 
-__all__ = ["RunFolder", "RunResult", "TrainConfig", "train"]
+__all__ = ["FusedCPOTrainer", "FusedORPOTrainer", "RunFolder", "RunResult", "TrainConfig", "train"]
 
 if TYPE_CHECKING:
     from exactune.train.config import TrainConfig
+    from exactune.train.fused_pairs import FusedCPOTrainer, FusedORPOTrainer
     from exactune.train.result import RunResult
     from exactune.train.run_folder import RunFolder
     from exactune.train.sft import train

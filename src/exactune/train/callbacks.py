@@ -12,7 +12,8 @@ from exactune.errors import ExactuneError
 from exactune.train.run_folder import RunFolder
 from exactune.train.stopping import StopRequests
 
-_KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "epoch")
+_KEPT = ("loss", "learning_rate", "grad_norm", "mean_token_accuracy", "epoch", "reward", "reward_std", "kl", "accuracy", "margin")
+_KEPT_GROUPS = ("eval_", "rewards/", "logps/", "completions/mean_length", "nll_loss")
 
 
 def memory_gib() -> float:
@@ -56,7 +57,8 @@ class MetricsCallback(TrainerCallback):
         if not logs or "loss" not in logs:
             return  # the trainer's closing summary, which a resumed run would write twice
         tokens = state.num_input_tokens_seen
-        line = {"step": state.global_step, **{name: logs[name] for name in _KEPT if name in logs}, "tokens": tokens}
+        kept = [name for name in _KEPT if name in logs] + [name for name in logs if name.startswith(_KEPT_GROUPS)]
+        line = {"step": state.global_step, **{name: logs[name] for name in kept}, "tokens": tokens}
         line |= {"tokens_per_second": round(self.meter.rate(tokens), 1), "memory_gib": round(memory_gib(), 3)}
         # JSON has no NaN: a plot or a reader of the file meets null.
         self.run.append_metrics({key: value if math.isfinite(value) else None for key, value in line.items()})

@@ -16,6 +16,10 @@ def check_before_loading(config: TrainConfig) -> None:
         if importlib.util.find_spec(tracker) is None:
             raise ConfigError(f"report_to names {tracker}, which is not installed.", f"Run `pip install {tracker}`, or leave it out.")
     _check_optimizer(config.optim)
+    if config.init_lora_weights == "loftq" and not device.has_cuda():
+        raise DeviceError(
+            "LoftQ quantises on a GPU, and there is none here.", "Use init_lora_weights pissa, which starts from the weights too."
+        )
     if config.bf16 and not device.is_bfloat16_supported():
         raise DeviceError("bf16 was asked for, and this GPU has no bfloat16.", "Leave bf16 out: float16 is used instead.")
 

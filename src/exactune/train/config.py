@@ -11,7 +11,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from exactune.errors import ConfigError
 from exactune.train.config_errors import explain
 
-Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt"]
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "polynomial",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
+Objective = Literal["sft", "pretrain", "dpo", "ipo", "orpo", "simpo", "kto", "reward", "grpo"]
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -30,6 +42,7 @@ class TrainConfig(BaseModel):
     method: Literal["lora", "qlora", "full"] = _field(
         "lora", "lora: adapter on a 16/32-bit base; qlora: adapter on a 4-bit (NF4) base; full: every weight.", "Model"
     )
+    objective: Objective = _field("sft", "What is learned: sft, pretrain, dpo, ipo, orpo, simpo, kto, reward or grpo.", "Model")
     load_in_4bit: bool = _field(False, "Keep the base model in 4 bits (NF4); the same as method qlora.", "Model")
     dtype: Literal["float32", "bfloat16", "float16"] | None = _field(
         None, "Number format of the base weights; left out, the machine's native one.", "Model"
@@ -47,7 +60,17 @@ class TrainConfig(BaseModel):
     use_rslora: bool = _field(False, "Scale by lora_alpha / sqrt(r), for high ranks.", "Adapter")
     use_dora: bool = _field(False, "Learn each weight's magnitude apart from its direction (DoRA).", "Adapter")
 
-    dataset: str = _field(..., "Training rows: JSONL, JSON, CSV or Parquet file, a datasets folder, or a hub name.", "Data")
+    init_lora_weights: str = _field(
+        "default", "How the adapter starts: default, gaussian, pissa, pissa_niter_N, olora, orthogonal or loftq.", "Adapter"
+    )
+    layers_to_transform: list[int] | None = _field(None, "Decoder layers that get an adapter, counted from 0; left out, all.", "Adapter")
+
+    dataset: str | list[str] = _field(
+        ..., "Training rows: JSONL, JSON, CSV or Parquet file, a datasets folder, or a hub name; or several of them.", "Data"
+    )
+    dataset_weights: list[float] | None = _field(
+        None, "Share of the rows that each data set gives (any scale); left out, all rows of all are used.", "Data"
+    )
     dataset_split: str | None = _field(None, "Split of a datasets folder or hub dataset.", "Data")
     eval_dataset: str | None = _field(None, "Held-out rows: scored before and after training.", "Data")
     eval_split: str | None = _field(None, "Split of the held-out dataset.", "Data")
@@ -63,11 +86,17 @@ class TrainConfig(BaseModel):
     group_by_length: bool = _field(False, "Put rows of like length into one batch, so that less is padding.", "Training")
     gradient_accumulation_steps: int = _field(4, "Forward passes for one update.", "Training", ge=1)
     learning_rate: float = _field(2e-4, "Peak learning rate.", "Training", gt=0)
+    embedding_learning_rate: float | None = _field(
+        None, "Learning rate of embedding and head, which are then trained whole; a tenth of learning_rate is usual.", "Training", gt=0
+    )
+    loraplus_lr_ratio: float | None = _field(None, "LoRA+: the adapter's B learns so many times faster than its A.", "Training", gt=0)
     lr_scheduler_type: Schedule = _field("linear", "Course of the learning rate.", "Training")
+    lr_scheduler_kwargs: dict[str, Any] | None = _field(None, "What the schedule needs beside, such as {min_lr: 1e-5}.", "Training")
     warmup_steps: float = _field(0, "Updates over which the learning rate rises, or their share when below 1.", "Training", ge=0)
     weight_decay: float = _field(0.0, "Decay of the trained weights.", "Training", ge=0)
     max_grad_norm: float = _field(1.0, "Gradients are scaled down to this norm; 0 leaves them.", "Training", ge=0)
     optim: str = _field("adamw_torch", "Optimizer: adamw_torch, adamw_8bit, paged_adamw_8bit, ...", "Training")
+    neftune_noise_alpha: float | None = _field(None, "NEFTune: noise on the embedded tokens while training; 5 is usual.", "Training", gt=0)
     num_train_epochs: float = _field(1.0, "Times every row is seen.", "Training", gt=0)
     max_steps: int = _field(-1, "Updates in all; -1 lets num_train_epochs decide.", "Training", ge=-1)
     seed: int = _field(3407, "Seed of the adapter, the order of the rows and dropout.", "Training", ge=0)
@@ -77,6 +106,21 @@ class TrainConfig(BaseModel):
     )
     accelerate: bool = _field(True, "Use the fast exact parts where they prove equal to the stock model (GPU).", "Training")
     deterministic: bool = _field(False, "Only attention kernels that give the same bits twice (GPU; slower).", "Training")
+
+    beta: float | None = _field(
+        None,
+        "Strength of the method's term; left out, 0.1 (dpo, ipo, orpo, kto), 2 (simpo), 0 (grpo).",
+        "Method",
+        ge=0,
+    )
+    simpo_gamma: float = _field(0.5, "SimPO: the margin by which the chosen answer is to be more likely.", "Method", ge=0)
+    desirable_weight: float = _field(1.0, "KTO: weight of the good answers' loss.", "Method", ge=0)
+    undesirable_weight: float = _field(1.0, "KTO: weight of the bad answers' loss.", "Method", ge=0)
+    reward_functions: list[str] = _field([], "GRPO: valid_json, exact_match, or FILE.py:FUNCTION; their rewards are added up.", "Method")
+    reward_weights: list[float] | None = _field(None, "GRPO: weight of each reward function; left out, 1 each.", "Method")
+    num_generations: int = _field(8, "GRPO: answers to one prompt, compared with each other.", "Method", ge=2)
+    max_completion_length: int = _field(256, "GRPO: longest answer, in tokens.", "Method", ge=1)
+    temperature: float = _field(1.0, "GRPO: temperature of the answers.", "Method", gt=0)
 
     per_device_eval_batch_size: int = _field(8, "Held-out rows in one forward pass.", "Evaluation", ge=1)
     eval_steps: int | None = _field(None, "Measure the held-out loss every so many updates, too.", "Evaluation", ge=1)
@@ -117,9 +161,19 @@ class TrainConfig(BaseModel):
             raise ValueError("method qlora keeps the base in 4 bits, and load_in_4bit is false: choose one")
         if self.max_steps == 0:
             raise ValueError("max_steps 0 trains nothing: give a number of updates, or -1 for num_train_epochs")
+        if self.dataset_weights is not None and len(self.dataset_weights) != len(self.sources()):
+            raise ValueError(
+                f"dataset names {len(self.sources())} sources and dataset_weights {len(self.dataset_weights)}: they go together"
+            )
+        if self.dataset_weights is not None and min(self.dataset_weights) <= 0:
+            raise ValueError("dataset_weights have to be above 0: leave out a source that is not to be used")
         if unknown := sorted(set(self.report_to) - set(TRACKERS)):
             raise ValueError(f"report_to does not know {', '.join(unknown)}: the trackers are {', '.join(TRACKERS)}")
         return self
+
+    def sources(self) -> list[str]:
+        """The training data sets, one or several."""
+        return [self.dataset] if isinstance(self.dataset, str) else list(self.dataset)
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> TrainConfig:

@@ -4,49 +4,53 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exactune.data import Prepared, Rows, prepare, read_rows
+from exactune.data.mixture import mix
 from exactune.errors import ConfigError
 from exactune.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from exactune.train.objectives.base import Objective
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Raw rows to train on, and to hold out (None where no rows are)."""
+    """Raw rows to train on, to hold out (None where no rows are), and of the further data sets that are mixed in."""
 
     train: Rows
     held_out: Rows | None
+    further: list[Rows]
 
 
 def read_sources(config: TrainConfig) -> Sources:
-    """The rows that `config` names.
+    """The rows that `config` names. `val_size` is held out of the first source: the one that is to be learned.
 
     Raises:
         DataError: they are missing, empty or unreadable.
         ConfigError: more rows are to be held out than there are.
     """
-    train = read_rows(config.dataset, split=config.dataset_split, skip_bad_rows=config.skip_bad_rows)
+    first, *others = config.sources()
+    train = read_rows(first, split=config.dataset_split, skip_bad_rows=config.skip_bad_rows)
+    further = [read_rows(name, split=config.dataset_split, skip_bad_rows=config.skip_bad_rows) for name in others]
     if config.eval_dataset:
-        return Sources(train, read_rows(config.eval_dataset, split=config.eval_split, skip_bad_rows=config.skip_bad_rows))
+        return Sources(train, read_rows(config.eval_dataset, split=config.eval_split, skip_bad_rows=config.skip_bad_rows), further)
     if config.eval_split:
-        return Sources(train, read_rows(config.dataset, split=config.eval_split, skip_bad_rows=config.skip_bad_rows))
+        return Sources(train, read_rows(first, split=config.eval_split, skip_bad_rows=config.skip_bad_rows), further)
     if not config.val_size:
-        return Sources(train, None)
-    return split(train, config.val_size, config.seed)
+        return Sources(train, None, further)
+    return Sources(*split(train, config.val_size, config.seed), further)
 
 
-def split(rows: Rows, val_size: float, seed: int) -> Sources:
-    """Hold out `val_size` of `rows` (a share when below 1), chosen by `seed`; both parts keep the order of the source."""
-    count = round(val_size if val_size >= 1 else max(1, val_size * len(rows)))
-    if count >= len(rows):
-        raise ConfigError(f"val_size {val_size:g} holds out all of the {len(rows)} rows.", "Hold out fewer.")
-    chosen = set(random.Random(seed).sample(range(len(rows)), count))
-    return Sources(rows.keep([i for i in range(len(rows)) if i not in chosen]), rows.keep(sorted(chosen)))
+def prepare_sources(config: TrainConfig, objective: Objective, sources: Sources, tokenizer: Any) -> Prepared:
+    """The rows of every source as the objective's trainer takes them, mixed by `dataset_weights`."""
+    prepared = [objective.prepare(rows, tokenizer) for rows in (sources.train, *sources.further)]
+    return mix(prepared, config.sources(), config.dataset_weights, config.seed)
 
 
 def prepare_rows(config: TrainConfig, rows: Rows, tokenizer: Any) -> Prepared:
-    """`rows` as token ids and labels."""
+    """`rows` as token ids and labels, as an objective that imitates learns them."""
     return prepare(
         rows,
         tokenizer,
@@ -57,9 +61,18 @@ def prepare_rows(config: TrainConfig, rows: Rows, tokenizer: Any) -> Prepared:
     )
 
 
+def split(rows: Rows, val_size: float, seed: int) -> tuple[Rows, Rows]:
+    """(rows to train on, rows to hold out): `val_size` of `rows` (a share when below 1), chosen by `seed`, in the source's order."""
+    count = round(val_size if val_size >= 1 else max(1, val_size * len(rows)))
+    if count >= len(rows):
+        raise ConfigError(f"val_size {val_size:g} holds out all of the {len(rows)} rows.", "Hold out fewer.")
+    chosen = set(random.Random(seed).sample(range(len(rows)), count))
+    return rows.keep([i for i in range(len(rows)) if i not in chosen]), rows.keep(sorted(chosen))
+
+
 def describe(source: str, prepared: Prepared) -> dict[str, Any]:
     """What data.json says of one set of rows."""
-    lengths = sorted(len(ids) for ids in prepared.dataset["input_ids"])
+    lengths = sorted(prepared.lengths)
     return {
         "source": source,
         "format": prepared.format,

@@ -17,9 +17,14 @@ def _smoothed(values: list[float], weight: float) -> list[float]:
     return smooth
 
 
-def loss_png(metrics: list[dict[str, Any]], before: float | None = None, after: float | None = None) -> bytes | None:
-    """PNG bytes of the training loss over the steps in `metrics`, with the held-out losses; None without a single step."""
-    lines = [line for line in metrics if line.get("loss") is not None]
+def loss_png(
+    metrics: list[dict[str, Any]], before: float | None = None, after: float | None = None, *, value: str = "loss", label: str = "loss"
+) -> bytes | None:
+    """PNG bytes of the training loss over the steps in `metrics`, with the held-out losses; None without a single step.
+
+    `value` and `label`: what to draw in place of the loss, and what the axis calls it.
+    """
+    lines = [{**line, "loss": line[value]} for line in metrics if line.get(value) is not None]
     if not lines:
         return None
     # A figure of its own, without pyplot: no window system is asked for and no global state is touched.
@@ -31,15 +36,20 @@ def loss_png(metrics: list[dict[str, Any]], before: float | None = None, after: 
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="#9db8d9", linewidth=0.8, label="training, each step")
     axes.plot(steps, _smoothed(losses, smoothing), color="#1f5fa8", linewidth=1.8, label="training, smoothed")
-    held_out = [(line["step"], line["eval_loss"]) for line in metrics if line.get("eval_loss") is not None]
-    held_out = ([(0, before)] if before is not None else []) + held_out
+    between = [(line["step"], line["eval_loss"]) for line in metrics if line.get("eval_loss") is not None]
+    held_out = ([(0, before)] if before is not None else []) + between
     if after is not None and (not held_out or held_out[-1][0] != steps[-1]):
         held_out.append((steps[-1], after))
     if held_out:
-        axes.plot(*zip(*held_out), color="#c8502d", marker="o", markersize=5, linewidth=1, linestyle="--", label="held out")
+        # A line says what was measured between; with the two ends alone, nothing was.
+        style = "--" if between else "none"
+        axes.plot(*zip(*held_out), color="#c8502d", marker="o", markersize=5, linewidth=1, linestyle=style, label="held out")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_ylim(0, 1.05 * max([*losses, *(loss for _, loss in held_out)]))
+    axes.set_ylabel(label)
+    everything = [*losses, *(loss for _, loss in held_out)]
+    # A policy's loss moves about zero; every other loss is above it.
+    lowest = min(0.0, 1.05 * min(everything))
+    axes.set_ylim(lowest, max(1.05 * max(everything), lowest + 1e-3))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     picture = io.BytesIO()

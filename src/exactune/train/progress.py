@@ -11,9 +11,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from exactune.evaluate import Scores
 from exactune.train.callbacks import Meter, memory_gib
-from exactune.train.report import score_rows
+from exactune.train.scores import Scored, before_and_after
 
 EXAMPLE_CHARACTERS = 1200
 PLAIN_LINES = 20  # lines of progress in a log file, for a whole run
@@ -42,10 +41,10 @@ def show_example(console: Console, spans: Sequence[tuple[str, bool]]) -> None:
     console.print(text, soft_wrap=True)
 
 
-def show_scores(console: Console, before: Scores, after: Scores) -> None:
+def show_scores(console: Console, before: Scored, after: Scored) -> None:
     """The before/after table on the terminal."""
     table = Table("held-out rows", "before", "after")
-    for row in score_rows(before, after):
+    for row in before_and_after(before, after):
         table.add_row(*row)
     console.print(table)
 
@@ -74,11 +73,15 @@ class ProgressCallback(TrainerCallback):
         rate = self.meter.rate(state.num_input_tokens_seen)
         # Batches differ in length: a smoothed rate can be read.
         self.speed = rate if not self.speed else 0.9 * self.speed + 0.1 * rate
-        held_out = f"  held-out {logs['eval_loss']:.4f}" if "eval_loss" in logs else ""
-        facts = f"loss {logs['loss']:.4f}{held_out}  lr {logs['learning_rate']:.2e}  {self.speed:,.0f} tok/s  {memory_gib():.2f} GiB"
+        watched = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+        held_out = "".join(f"  held-out {'' if name == 'loss' else name + ' '}{value:.4f}" for name, value in watched.items())
+        reward = f"  reward {logs['reward']:.3f}" if "reward" in logs else ""
+        facts = (
+            f"loss {logs['loss']:.4f}{reward}{held_out}  lr {logs['learning_rate']:.2e}  {self.speed:,.0f} tok/s  {memory_gib():.2f} GiB"
+        )
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step, facts=facts)
-        elif held_out or state.global_step in (1, state.max_steps) or state.global_step % max(1, state.max_steps // PLAIN_LINES) == 0:
+        elif watched or state.global_step in (1, state.max_steps) or state.global_step % max(1, state.max_steps // PLAIN_LINES) == 0:
             self.console.print(f"step {state.global_step}/{state.max_steps}  {facts}", soft_wrap=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -53,4 +53,5 @@ def quiet() -> Iterator[None]:
         stack.enter_context(_no_bars())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
         yield

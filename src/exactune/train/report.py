@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from exactune.evaluate import Sample, Scores
+from exactune.evaluate import Sample
 from exactune.train.config import TrainConfig
+from exactune.train.scores import Scored, before_and_after
 
 SAMPLES = 6
 SAMPLE_CHARACTERS = 600
@@ -37,16 +38,20 @@ class Facts:
     environment: dict[str, Any]
     data: dict[str, Any]
     result: dict[str, str]
-    before: Scores | None
-    after: Scores | None
+    before: Scored | None
+    after: Scored | None
     has_plot: bool
+    answers: bool = True  # whether the result is a model to talk to
 
 
 def markdown(facts: Facts) -> str:
     """The report as Markdown."""
-    parts = [f"# {facts.config.method} of {facts.config.model_name}", _table(("", ""), list(facts.result.items()))]
+    parts = [
+        f"# {facts.config.objective} ({facts.config.method}) of {facts.config.model_name}",
+        _table(("", ""), list(facts.result.items())),
+    ]
     if facts.before and facts.after:
-        parts += ["## Before and after", _table(("held-out rows", "before", "after"), score_rows(facts.before, facts.after))]
+        parts += ["## Before and after", _table(("held-out rows", "before", "after"), before_and_after(facts.before, facts.after))]
     else:
         parts.append("No rows were held out: give `eval_dataset` or `val_size` to see what training gained.")
     if facts.has_plot:
@@ -69,30 +74,18 @@ def page(text: str, title: str, png: bytes | None) -> str:
     return _PAGE.format(title=html.escape(title), body=body)
 
 
-def score_rows(before: Scores, after: Scores) -> list[tuple[str, str, str]]:
-    """The rows of the before/after table: only what applies to these rows."""
-    rows = [
-        ("loss (nats per trained token)", f"{before.loss:.4f}", f"{after.loss:.4f}"),
-        ("perplexity", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}"),
-    ]
-    for name, old, new in (
-        ("valid JSON", before.valid_json, after.valid_json),
-        ("exact matches", before.exact_match, after.exact_match),
-    ):
-        if old is not None and new is not None:
-            rows.append((f"{name} (of {after.generated} answers)", f"{old:.1%}", f"{new:.1%}"))
-    return rows
-
-
 def card(facts: Facts) -> str:
     """README.md of the result: the header that the hub reads, and the report without its pictures."""
     adapter = facts.config.method != "full"
     header: dict[str, Any] = {"base_model": facts.config.model_name, "library_name": "peft" if adapter else "transformers"}
-    header |= {"pipeline_tag": "text-generation", "tags": ["exactune", facts.config.method]}
+    task = "text-generation" if facts.answers else "text-classification"
+    header |= {"pipeline_tag": task, "tags": ["exactune", facts.config.objective, facts.config.method]}
     return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n{markdown(dataclasses.replace(facts, has_plot=False))}"
 
 
 def _usage(facts: Facts) -> str:
+    if not facts.answers:
+        return _reward_usage(facts)
     code = (
         "from exactune import FastLanguageModel\n\n"
         f'model, tokenizer = FastLanguageModel.from_pretrained("{facts.result["result"]}", load_in_4bit={facts.config.load_in_4bit})\n'
@@ -100,6 +93,18 @@ def _usage(facts: Facts) -> str:
     )
     commands = f"exactune chat {facts.run}\nexactune merge {facts.run}"
     return f"{_fence(commands, 'sh')}\n\n{_fence(code, 'python')}"
+
+
+def _reward_usage(facts: Facts) -> str:
+    """A reward model is asked for one number a text."""
+    base, result = facts.config.model_name, facts.result["result"]
+    whole = facts.config.method == "full"
+    adapter = "" if whole else f'\nmodel = PeftModel.from_pretrained(model, "{result}")'
+    code = (
+        f"{'' if whole else 'from peft import PeftModel' + chr(10)}from transformers import AutoModelForSequenceClassification\n\n"
+        f'model = AutoModelForSequenceClassification.from_pretrained("{result if whole else base}", num_labels=1){adapter}'
+    )
+    return _fence(code, "python")
 
 
 def _samples(before: list[Sample], after: list[Sample]) -> list[str]:

@@ -6,18 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exactune.evaluate import Scores
-
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left. `adapter_dir` (lora, qlora) or `model_dir` (full) holds the result; both None if it was interrupted."""
+    """What a run left. `before` and `after` are the scores that the objective measures (None without held-out rows). `adapter_dir` (lora, qlora) or `model_dir` (full) holds the result; both None if it was interrupted."""
 
     run_dir: Path
     adapter_dir: Path | None = None
     model_dir: Path | None = None
-    before: Scores | None = None
-    after: Scores | None = None
+    before: Any = None
+    after: Any = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     signum: int | None = None

@@ -1,4 +1,4 @@
-"""A supervised fine-tuning run, step by step. TRL trains; this prepares, watches, saves and scores."""
+"""A training run, step by step. TRL trains, the objective says what; this prepares, watches, saves and scores."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from rich.console import Console
 
 import exactune
 from exactune.errors import DataError
-from exactune.evaluate import Scores, evaluate
 from exactune.train.checks import check_before_loading
 from exactune.train.config import TrainConfig
 from exactune.train.environment import environment
-from exactune.train.held_out import describe, prepare_rows, read_sources
+from exactune.train.held_out import describe, prepare_sources, read_sources
+from exactune.train.objectives import objective_of
 from exactune.train.plot import loss_png
 from exactune.train.progress import ProgressCallback, show_example, show_facts, show_scores
+from exactune.train.reference import as_it_came
 from exactune.train.report import Facts, card, markdown, page
 from exactune.train.result import RunResult
 from exactune.train.run_folder import RunFolder
+from exactune.train.scores import Scored, held_out_loss_of
 from exactune.train.stopping import StopRequests
 from exactune.train.writing import write_atomically
 
@@ -34,11 +36,14 @@ class Run:
         self.requests = requests
         self.console = console
         self.resumed = resumed
+        self.objective = objective_of(config)
 
     def go(self, start: float) -> RunResult:
         self._prepare()
-        before = self._score("before")
         fast = self._make_trainable()
+        self._open_folder()
+        with as_it_came(self.model):
+            before = self._score("before")
         trainer = self._trainer()
         self._banner(fast)
         self._train(trainer)
@@ -50,16 +55,21 @@ class Run:
         return self._result(start, before, after, saved)
 
     def _prepare(self) -> None:
-        """Rows, model, and the run folder with what is known before training."""
+        """Rows and model. Nothing is written: whatever is wrong with either leaves no folder behind."""
         config = self.config
         check_before_loading(config)
+        self.objective.check()
         sources = read_sources(config)
-        self._load()
-        self.rows = prepare_rows(config, sources.train, self.tokenizer)
-        self.held_out = prepare_rows(config, sources.held_out, self.tokenizer) if sources.held_out else None
-        data = {"train": describe(config.dataset, self.rows)}
+        self.model, self.tokenizer = self.objective.load()
+        self.rows = prepare_sources(config, self.objective, sources, self.tokenizer)
+        self.held_out = self.objective.prepare(sources.held_out, self.tokenizer) if sources.held_out else None
+
+    def _open_folder(self) -> None:
+        """The run folder, with what is known before training."""
+        config = self.config
+        data = {"train": describe(", ".join(config.sources()), self.rows)}
         if self.held_out:
-            data["held_out"] = describe(config.eval_dataset or config.dataset, self.held_out)
+            data["held_out"] = describe(config.eval_dataset or config.sources()[0], self.held_out)
         if not self.resumed:
             self.folder.create(config)
         recorded = self.folder.read_json("data.json")
@@ -72,90 +82,44 @@ class Run:
                 "Put them back, or start a new run.",
             )
 
-    def _load(self) -> None:
-        from exactune.models.load import load_model
-
-        config = self.config
-        self.model, self.tokenizer = load_model(
-            config.model_name,
-            max_seq_length=config.max_seq_length,
-            dtype=config.dtype,
-            load_in_4bit=config.load_in_4bit,
-            full_finetuning=config.method == "full",
-            trust_remote_code=config.trust_remote_code,
-            revision=config.revision,
-            random_state=config.seed,
-        )
-
-    def _score(self, when: str) -> Scores | None:
+    def _score(self, when: str) -> Scored | None:
         """Held-out scores, measured once a run: a resumed run takes those that were written."""
         if self.held_out is None:
             return None
         scores = self.folder.read_json("scores.json") or {}
-        if when not in scores:
-            self.console.print(f"Scoring {len(self.held_out.rows)} held-out rows {when} training")
-            config = self.config
-            measured = evaluate(
-                self.model,
-                self.tokenizer,
-                self.held_out,
-                max_length=config.max_seq_length,
-                generate_rows=config.generate_rows,
-                batch_size=config.per_device_eval_batch_size,
-                max_new_tokens=config.max_new_tokens,
-            )
-            self.folder.write_json("scores.json", {**scores, when: measured.as_dict()})
-            return measured
-        return Scores.from_dict(scores[when])
+        if when in scores:
+            return self.objective.scores_from(scores[when])
+        self.console.print(f"Scoring {len(self.held_out.rows)} held-out rows {when} training")
+        measured = self.objective.score(self.model, self.tokenizer, self.held_out)
+        self.folder.write_json("scores.json", {**scores, when: measured.as_dict()})
+        return measured
 
     def _make_trainable(self) -> str:
         """Put the adapter on (or free every weight) and swap in what is fast; a line that says what was."""
         from exactune import device
-        from exactune.models.adapters import DEFAULT_TARGETS, add_adapter
-        from exactune.models.checkpointing import apply_checkpointing
 
         config = self.config
-        if config.method == "full":
-            apply_checkpointing(self.model, config.use_gradient_checkpointing)
-        else:
-            self.model = add_adapter(
-                self.model,
-                r=config.r,
-                lora_alpha=config.lora_alpha,
-                lora_dropout=config.lora_dropout,
-                target_modules=config.target_modules or DEFAULT_TARGETS,
-                modules_to_save=config.modules_to_save,
-                use_rslora=config.use_rslora,
-                use_dora=config.use_dora,
-                use_gradient_checkpointing=config.use_gradient_checkpointing,
-                random_state=config.seed,
-            )
-        if not config.accelerate or not device.kernels_run_on(self.model.device):
-            return "nothing: stock torch" + ("" if config.accelerate else " (accelerate is false)")
+        self.model = self.objective.adapt(self.model)
+        why = "accelerate is false" if not config.accelerate else self.objective.stays_stock()
+        if why or not device.kernels_run_on(self.model.device):
+            return "nothing: stock torch" + (f" ({why})" if why else "")
+        from exactune.errors import ModelError
         from exactune.models.accelerate import accelerate
 
-        return accelerate(self.model, deterministic=config.deterministic).summary()
+        try:
+            return accelerate(self.model, deterministic=config.deterministic).summary()
+        except ModelError as error:  # a reward model, which has no language-model head
+            return f"nothing: stock torch ({error.problem.rstrip('.')})"
 
     def _trainer(self) -> Any:
-        from exactune.train.arguments import trainer_arguments
+        from transformers import PrinterCallback
+
         from exactune.train.callbacks import MetricsCallback, StopCallback
-        from exactune.train.trainer import RunTrainer
 
         config = self.config
         self.progress = ProgressCallback(self.console)
-        trainer = RunTrainer(
-            self.folder,
-            held_out=list(self.held_out.dataset) if self.held_out and config.eval_steps else (),
-            every=config.eval_steps,
-            group_by_length=config.group_by_length,
-            model=self.model,
-            args=trainer_arguments(config, self.model, self.folder.path),
-            train_dataset=self.rows.dataset,
-            processing_class=self.tokenizer,
-            callbacks=[MetricsCallback(self.folder), StopCallback(self.requests), self.progress],
-        )
-        from transformers import PrinterCallback
-
+        callbacks = [MetricsCallback(self.folder), StopCallback(self.requests), self.progress]
+        trainer = self.objective.trainer(self.folder, self.model, self.tokenizer, self.rows, self.held_out, callbacks)
         trainer.remove_callback(PrinterCallback)
         batches = math.ceil(trainer.sequences() / config.per_device_train_batch_size)
         updates = math.ceil(batches / config.gradient_accumulation_steps)
@@ -166,14 +130,14 @@ class Run:
         config = self.config
         trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
         total = parameters(self.model)
-        rows, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        rows, passes, unit = config.per_device_train_batch_size, config.gradient_accumulation_steps, self.objective.rows_unit()
         facts = {
-            "Exactune": f"{exactune.__version__}, {config.method} of {config.model_name} on {self.model.device}",
+            "Exactune": f"{exactune.__version__}, {config.objective} ({config.method}) of {config.model_name} on {self.model.device}",
             "trains": f"{trained:,} of {total:,} parameters ({trained / total:.2%})",
             "accelerated": fast,
             "data": self.rows.summary(),
             "held out": self.held_out.summary() if self.held_out else "no rows (give eval_dataset or val_size to measure the gain)",
-            "batch": f"{rows} rows x {passes} passes = {rows * passes} rows an update",
+            "batch": f"{rows} {unit} x {passes} passes = {rows * passes} {unit} an update",
             "steps": f"{self.total_steps:,}",
             "run folder": str(self.folder),
         }
@@ -216,9 +180,9 @@ class Run:
             self.tokenizer.save_pretrained(staging)
         return final
 
-    def _report(self, before: Scores | None, after: Scores | None, saved: Path, seconds: float) -> None:
+    def _report(self, before: Scored | None, after: Scored | None, saved: Path, seconds: float) -> None:
         metrics = self.folder.read_metrics()
-        png = loss_png(metrics, before.loss if before else None, after.loss if after else None)
+        png = loss_png(metrics, held_out_loss_of(before), held_out_loss_of(after), **self.objective.curve)
         if png:
             self.folder.write_bytes("loss.png", png)
         result = {
@@ -227,7 +191,8 @@ class Run:
             "time": f"{seconds:.0f} s" + (" since it was resumed" * self.resumed),
         }
         data, machine = self.folder.read_json("data.json"), self.folder.read_json("environment.json")
-        facts = Facts(str(self.folder), self.config, machine, data, result, before, after, png is not None)
+        talks = self.objective.asks_and_answers
+        facts = Facts(str(self.folder), self.config, machine, data, result, before, after, png is not None, talks)
         text = markdown(facts)
         write_atomically(saved / "README.md", card(facts).encode())
         self.folder.write_text("report.html", page(text, f"Exactune: {self.folder}", png))
@@ -237,7 +202,7 @@ class Run:
         self.console.print(f"Result {saved}, report {self.folder.path / 'report.md'}", soft_wrap=True)
 
     def _result(
-        self, start: float, before: Scores | None, after: Scores | None = None, saved: Path | None = None, signum: int | None = None
+        self, start: float, before: Scored | None, after: Scored | None = None, saved: Path | None = None, signum: int | None = None
     ) -> RunResult:
         full = self.config.method == "full"
         return RunResult(

@@ -1,4 +1,4 @@
-"""`train`: start a supervised fine-tuning run, or go on with one."""
+"""`train`: start a training run, or go on with one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def train(config: TrainConfig | None = None, *, resume: str | Path | None = None
         raise ConfigError("There is nothing to train: neither settings nor a run to resume was given.")
     console = console or Console()
     start = time.perf_counter()
-    folder = RunFolder(resume or config.output_dir or default_output_dir(config.dataset))  # type: ignore[union-attr]
+    folder = RunFolder(resume or config.output_dir or default_output_dir(config.sources()[0]))  # type: ignore[union-attr]
     run = _resumed(folder, config) if resume else _new(folder, config)  # type: ignore[arg-type]
     try:
         with StopRequests() as requests, quiet():

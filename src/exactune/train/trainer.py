@@ -1,51 +1,66 @@
-"""TRL's SFT trainer, with checkpoints that are whole or not there, adapters kept in float32, and held-out loss of our own."""
+"""What a run adds to any of TRL's trainers: checkpoints that are whole or not there, adapters kept in float32, scores of our own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from trl import SFTTrainer
 
-from exactune.evaluate import held_out_loss
-from exactune.train.grouping import LengthGroupedSampler
+from exactune.train.optimizer_groups import LearningRates, split_groups
 from exactune.train.run_folder import RunFolder
 from exactune.train.writing import replace_folder, staging_folder
 
 
-class RunTrainer(SFTTrainer):
-    """`SFTTrainer` that writes its checkpoints into a run folder.
+class InRunFolder(Trainer):
+    """To be put before a trainer of TRL's among a class's bases.
 
-    `held_out`: encoded rows whose loss is logged as `eval_loss` every `every` updates; none without them.
-    `group_by_length`: put rows of like length into one batch.
+    `watch`: measures held-out rows; called every `every` updates, its values are logged beside the loss. `learning_rates`: those
+    of single weights.
     """
+
+    token_masks: tuple[str, ...] = ()  # inputs whose ones count as tokens seen, where transformers cannot tell by itself
 
     def __init__(
         self,
         run: RunFolder,
         *,
-        held_out: Sequence[dict[str, Any]] = (),
+        learning_rates: LearningRates,
+        watch: Callable[[], dict[str, float]] | None = None,
         every: int | None = None,
-        group_by_length: bool = False,
         **arguments: Any,
     ):
         self._run = run
-        self._group_by_length = group_by_length
-        self._held_out = held_out
+        self._watch = watch
         self._every = every
+        self._learning_rates = learning_rates
         self._checkpoints = run.checkpoints
         with _adapters_as_they_are(arguments["model"]):
             super().__init__(**arguments)
+        model: Any = self.model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base.register_forward_hook(_mean_logits_not_told)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._every and self._held_out and "loss" in logs and self.state.global_step % self._every == 0:
+        if self._watch and self._every and "loss" in logs and self.state.global_step % self._every == 0:
             # Left to the trainer's own evaluation this would be a mean of batch means, and would move the random state.
-            model: Any = self.model
-            logs["eval_loss"] = held_out_loss(model, self._held_out, batch_size=self.args.per_device_eval_batch_size).mean
+            logs |= self._watch()
         super().log(logs, start_time)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if new and self._learning_rates.differ:
+            split_groups(optimizer, self.model if model is None else model, self._learning_rates)
+        return optimizer
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.token_masks and model.training:
+            self.state.num_input_tokens_seen += sum(int(inputs[name].sum()) for name in self.token_masks if name in inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def sequences(self) -> int:
         """Sequences in one pass over the data, after packing."""
@@ -57,12 +72,6 @@ class RunTrainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The run's report takes the place of TRL's card."""
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if not self._group_by_length:
-            return super()._get_train_sampler(train_dataset)
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        return LengthGroupedSampler([len(ids) for ids in rows["input_ids"]], self.args.per_device_train_batch_size, self.args.seed)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._checkpoints)
@@ -81,6 +90,13 @@ class RunTrainer(SFTTrainer):
                 (staging / name / unwanted).unlink(missing_ok=True)
             replace_folder(staging / name, final)
         rotate_checkpoints(str(self._run.checkpoints), self.args.save_total_limit)
+
+
+def _mean_logits_not_told(module: Any, args: Any, output: Any) -> None:
+    """TRL's trainers log the mean logit; a fused head that does not tell it leaves them one that is not a number."""
+    log_probs = getattr(output, "log_probs", None)
+    if log_probs is not None and getattr(output, "mean_logits", None) is None:
+        output.mean_logits = log_probs.detach() * float("nan")
 
 
 @contextmanager
