@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from exactune.kernels.head import ValidRows
 from exactune.kernels.linear_cross_entropy import linear_cross_entropy
 from exactune.kernels.token_logprobs import token_logprobs
+from exactune.lora.keeping import Policy
 from exactune.lora.live import Adapter, Unreadable, read_projection
-from exactune.models.fused_layer import CAUSAL, Shared
+from exactune.models.fused_layer import Shared, causal_mask, packed_rows
 from exactune.models.outputs import CausalLMOutput, Deferred, TokenLogProbs
 from exactune.models.replay import LAUNCH_BOUND, Inputs, Passes, operations_a_token
 
@@ -124,7 +125,7 @@ class CausalForward:
             kwargs["use_cache"] = False
         shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         mask = kwargs["attention_mask"] = self._mask(labels, kwargs)
-        if mask is CAUSAL and self._replayable(labels, kwargs):
+        if packed_rows(mask) is not None and self._replayable(labels, kwargs):
             found = self._replayed(shifted, options, token_log_probs, num_items, kwargs)
             if found is not None:
                 if token_log_probs:
@@ -134,7 +135,7 @@ class CausalForward:
         outputs = self.decoder(**kwargs)
         hidden = outputs.last_hidden_state
         found = self._head(hidden, shifted, options, token_log_probs, num_items, valid_rows=valid)
-        rest = {name: getattr(outputs, name) for name in ("hidden_states", "attentions", "past_key_values")}
+        rest = {name: getattr(outputs, name, None) for name in ("hidden_states", "attentions", "past_key_values")}
         if token_log_probs:
             return self._per_token(found, labels, num_items, **rest)
         return CausalLMOutput(loss=found[0], logits=Deferred(lambda: self.head.logits(hidden)), **rest)  # type: ignore[arg-type]
@@ -152,17 +153,22 @@ class CausalForward:
         return (loss,)
 
     def _replayable(self, labels: Tensor, kwargs: dict[str, Any]) -> bool:
-        if self.passes is None or (self.shared.cu_seqlens is not None and labels.shape[0] > 1):
+        if self.passes is None or (kwargs.get("cu_seq_lens_q") is not None and labels.shape[0] > 1):
             return False
+        if any(policy is not None and policy.offload != "nothing" for policy in self._policies()):
+            return False  # the host's side of a copy is not in a graph
         asked = {name for name, value in kwargs.items() if value is not None and value is not False}
         return "input_ids" in asked and asked <= REPLAYABLE and labels.numel() * self._operations < LAUNCH_BOUND
+
+    def _policies(self) -> tuple[Policy | None, ...]:
+        return tuple(getattr(layer.forward, "policy", None) for layer in self.layers)
 
     def _replayed(
         self, shifted: Tensor, options: dict[str, Any], token_log_probs: bool, num_items: Any, kwargs: dict[str, Any]
     ) -> tuple[Tensor, ...] | None:
         """The same through a recorded pass, or None where there is none and may be none."""
         assert self.passes is not None
-        T, longest, packed = shifted.shape[1], 0, (self.shared.cu_seqlens, self.shared.max_seqlen)
+        T, longest, packed = shifted.shape[1], 0, packed_rows(kwargs["attention_mask"]) or (None, None)
         inputs = {"input_ids": _filled_up(kwargs["input_ids"], 0), "shifted": _filled_up(shifted, -100)}
         if kwargs.get("position_ids") is not None:
             inputs["position_ids"] = _filled_up(kwargs["position_ids"], 0)
@@ -173,16 +179,15 @@ class CausalForward:
             inputs["num_items"] = torch.as_tensor(num_items, dtype=torch.float32).reshape(())
 
         def compute(inputs: Inputs) -> tuple[Tensor, ...]:
-            self.shared.cu_seqlens, self.shared.max_seqlen = inputs.get("cu_seqlens"), longest or None
+            mask = causal_mask(inputs.get("cu_seqlens"), longest or None)
             hidden = self.decoder(
-                input_ids=inputs["input_ids"], attention_mask=CAUSAL, position_ids=inputs.get("position_ids"), use_cache=False
+                input_ids=inputs["input_ids"], attention_mask=mask, position_ids=inputs.get("position_ids"), use_cache=False
             ).last_hidden_state
             num_items = inputs.get("num_items")
             return self._head(hidden, inputs["shifted"], options, token_log_probs, num_items, static_shapes=True)
 
-        kind = (token_log_probs, self.shared.recompute, self.shared.deterministic, longest)
+        kind = (token_log_probs, self.shared.recompute, self.shared.deterministic, longest, self._policies())
         found = self.passes.run(kind, {name: t.to(shifted.device, non_blocking=True) for name, t in inputs.items()}, compute)
-        self.shared.cu_seqlens, self.shared.max_seqlen = packed
         return tuple(t[:, :T] if t.dim() else t for t in found) if found else None
 
     def _logits(self, kwargs: dict[str, Any]) -> Tensor:
@@ -191,8 +196,6 @@ class CausalForward:
             self.passes.clear()
             self.passes = None  # they would be read at every step
         try:
-            if kwargs.get("cu_seq_lens_q") is not None:
-                self.shared.cu_seqlens, self.shared.max_seqlen = kwargs["cu_seq_lens_q"].to(torch.int32), int(kwargs["max_length_q"])
             return self.head.logits(self.decoder(**kwargs).last_hidden_state)
         finally:
             self.shared.release()
@@ -219,7 +222,7 @@ class CausalForward:
         return TokenLogProbs(loss=-log_probs.sum() / count, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
 
     def _mask(self, labels: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-        """What the decoder is given as attention mask: `CAUSAL` where the fused layers can tell by themselves who attends to whom."""
+        """What the decoder is given as attention mask: a `causal_mask` where the fused parts know by themselves who attends to whom."""
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if not self.all_fused:
             return mask
@@ -228,11 +231,10 @@ class CausalForward:
             if cu_seqlens is None and positions is not None:
                 return None  # rows may be packed without saying so: let transformers look
             if cu_seqlens is not None:
-                self.shared.cu_seqlens = cu_seqlens.to(torch.int32)
-                self.shared.max_seqlen = int(kwargs["max_length_q"])
-            return CAUSAL
+                return causal_mask(cu_seqlens.to(torch.int32), int(kwargs["max_length_q"]))
+            return causal_mask()
         if mask.dim() == 2 and positions is None and _only_right_padding(mask, labels):
-            return CAUSAL
+            return causal_mask()
         return mask
 
 
