@@ -245,19 +245,31 @@ def test_a_layer_with_another_formula_is_refused_and_left_stock():
     assert "an activation that we have no kernel for" in report.stock
 
 
-def test_a_layer_wired_differently_fails_its_proof():
-    """Parts that look familiar, put together in another way: only the proof can tell."""
+def test_a_layer_wired_differently_fails_its_proof_and_is_fused_in_parts():
+    """Parts that are familiar, put together in another way: only the proof can tell."""
     model = with_lora(tiny_model("llama"))
-    attention = model.get_base_model().model.layers[0].self_attn
+    layer = model.get_base_model().model.layers[0]
 
-    class Damped(type(attention)):
+    class Damped(type(layer)):
         def forward(self, *args, **kwargs):
-            return super().forward(*args, **kwargs)[0] * 0.999, None
+            return super().forward(*args, **kwargs) * 0.999
 
-    attention.__class__ = Damped
+    layer.__class__ = Damped
     report = assert_same_training_step(model, **random_batch())
     assert report.fused_layers == 1
-    assert "a result that differs from the stock layer's" in report.stock
+    assert report.count("attention") == report.count("mlp") == (2, 2)
+
+
+def test_attention_with_another_formula_is_refused_and_its_projections_are_fused():
+    model = with_lora(tiny_model("llama"))
+    attention = model.get_base_model().model.layers[0].self_attn
+    attention.scaling *= 1.01
+    attention.head_scale = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    report = assert_same_training_step(model, **random_batch())
+    assert report.fused_layers == 1
+    assert report.count("attention") == (1, 2)
+    assert report.count("projection") == (4, 4)
+    assert "parameters of its own" in report.stock
 
 
 def test_four_bit_weights_match_stock(tmp_path):

@@ -3,77 +3,111 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from exactune.lora.decoder_layer import run_layer
+from exactune.lora.group import Group
 from exactune.lora.keeping import KEEP_ALL, RECOMPUTE_LAYER, Policy, Store
 from exactune.lora.live import Unreadable
-from exactune.lora.parts import Batch, Layer, Tiling
+from exactune.lora.parts import Attention, Batch, Layer, Tiling
+from exactune.lora.rotation import tables_for
+from exactune.models.anatomy.watch import base_of
 
-CAUSAL = torch.zeros(1, 1, 1, 1)  # stands for "plain causal, or the packed rows of this batch" where a 4-D mask would; see `head`
+Rows = tuple[Tensor | None, int | None]  # cu_seqlens and the longest row of a packed batch; two Nones for whole rows
+_ROWS = "exactune_rows"
+
+
+def causal_mask(cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
+    """Stands where a 4-D mask would for "plain causal, or these packed rows", which fused attention knows without a mask.
+
+    What it says rides on the tensor, so that a layer that is recomputed in the backward pass reads the rows of its own batch.
+    """
+    mask = torch.zeros(1, 1, 1, 1)
+    setattr(mask, _ROWS, (cu_seqlens, max_seqlen))
+    return mask
+
+
+def packed_rows(mask: Any) -> Rows | None:
+    """What `causal_mask` put on this mask; None for any other mask, and for none."""
+    return getattr(mask, _ROWS, None)
 
 
 class Shared:
-    """What the layers of one accelerated model share: the packed rows of the batch at hand, options, and a tally of stock calls."""
+    """What the parts of one accelerated model share: the batch at hand, options, and a tally of stock calls."""
 
     def __init__(self) -> None:
-        self.cu_seqlens: Tensor | None = None
-        self.max_seqlen: int | None = None
         self.deterministic = False
         self.recompute = False
         self.tiling = Tiling()
         self.store: Store | None = None  # host memory for the policies that send something there
         self.stock_calls: Counter[str] = Counter()
-        self._batch: Batch | None = None
+        self._batches: dict[tuple, tuple[Batch, Any]] = {}
 
-    def batch(self, x: Tensor, cos: Tensor, sin: Tensor) -> Batch:
-        """The batch that this layer sees; one object for all layers of a pass, so that nothing is prepared twice."""
-        known = self._batch
-        if known is None or known.cos is not cos or known.rows != x.shape[0] or known.cu_seqlens is not self.cu_seqlens:
-            self._batch = known = Batch(
-                x.shape[0], x.shape[1], cos, sin, self.cu_seqlens, self.max_seqlen,
-                deterministic=self.deterministic, tiling=self.tiling,
-            )  # fmt: skip
-        return known
+    def batch(self, attention: Attention, x: Tensor, cos: Tensor | None, sin: Tensor | None, rows: Rows | None) -> Batch:
+        """The batch that this attention sees for x [B, T, E]; one object for all alike in a pass, so that nothing is prepared twice."""
+        cu_seqlens, max_seqlen = rows or (None, None)
+        key = (id(cos), id(cu_seqlens), x.shape[:2], attention.rotary_style == "none", attention.repeated_tables)
+        if key not in self._batches:
+            tables = tables_for(attention, cos, sin, x)
+            options = {"deterministic": self.deterministic, "tiling": self.tiling}
+            batch = Batch(x.shape[0], x.shape[1], *tables, cu_seqlens, max_seqlen, **options)  # type: ignore[arg-type]
+            self._batches[key] = batch, cos  # held, or another tensor could come to have its id
+        return self._batches[key][0]
 
     def release(self) -> None:
-        """Forget the batch: it holds tensors of the last pass."""
-        self._batch = self.cu_seqlens = self.max_seqlen = None
+        """Forget the batches: they hold tensors of the last pass."""
+        self._batches.clear()
 
 
 class FusedLayer:
     """Replaces the `forward` of one decoder layer instance."""
 
-    def __init__(self, module: Any, parts: Layer, shared: Shared, config: Any):
+    def __init__(self, module: Any, parts: Layer, shared: Shared, config: Any, results: int = 1):
         self.module = module
         self.config = config
         self.parts = parts
         self.shared = shared
+        self.results = results
         self.policy: Policy | None = None  # of a memory plan; without one, the trainer's checkpointing decides
+
+    def groups(self) -> list[Group]:
+        """The groups of projections whose weights this layer may have moved."""
+        return self.parts.groups()
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         try:
-            layer = self._bound(hidden_states, args, kwargs)
+            return self.strict(hidden_states, *args, **kwargs)
         except Unreadable as why:
             self.shared.stock_calls[str(why)] += 1
-            if kwargs.get("attention_mask") is CAUSAL:
-                window = self.parts.attention.window
-                kwargs["attention_mask"] = stock_mask(self.config, window, hidden_states, kwargs.get("position_ids"))
+            mask = kwargs.get("attention_mask")
+            if packed_rows(mask) is not None:
+                window, positions = self.parts.attention.window, kwargs.get("position_ids")
+                kwargs["attention_mask"] = stock_mask(self.config, window, hidden_states, positions, mask)
             return type(self.module).forward(self.module, hidden_states, *args, **kwargs)
-        return self._fused(layer, hidden_states, kwargs["position_embeddings"])
 
-    def strict(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def strict(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The fused forward and nothing else.
 
         Raises:
-            Unreadable: this call would have run stock.
+            Unreadable: why this call has to run stock.
         """
-        kwargs["attention_mask"] = None
-        return self._fused(self._bound(hidden_states, (), kwargs), hidden_states, kwargs["position_embeddings"])
+        x, layer = hidden_states, self._bound(hidden_states, args, kwargs)
+        cos, sin = kwargs.get("position_embeddings") or (None, None)
+        batch = self.shared.batch(layer.attention, x, cos, sin, packed_rows(kwargs.get("attention_mask")))
+        flat = x.reshape(batch.n, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            y = run_layer(layer, batch, flat, self._policy(), self.shared.store).view(x.shape)
+        return y if self.results == 1 else (y, *[None] * (self.results - 1))
+
+    def _policy(self) -> Policy:
+        if not self.module.training:
+            return KEEP_ALL
+        return self.policy or (RECOMPUTE_LAYER if self.shared.recompute else KEEP_ALL)
 
     def _bound(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Layer:
         """The layer's parts for this call.
@@ -82,47 +116,47 @@ class FusedLayer:
             Unreadable: why this call has to run stock.
         """
         mask = kwargs.get("attention_mask")
-        if args or kwargs.get("position_embeddings") is None:
+        if args or (kwargs.get("position_embeddings") is None and self.parts.attention.rotary_style != "none"):
             raise Unreadable("a call without position embeddings by name")
         if kwargs.get("past_key_values") is not None:
             raise Unreadable("a key/value cache")
-        if mask is not None and mask is not CAUSAL:
+        if mask is not None and packed_rows(mask) is None:
             raise Unreadable("an attention mask")
         if kwargs.get("output_attentions"):
             raise Unreadable("attention weights asked for")
-        if not self._same_dtype(x):
-            raise Unreadable("autocast to another dtype than the activations'")
-        layer = self.parts.bound(x.dtype)
-        if any(group.dropout for group in layer.groups()):
-            raise Unreadable("adapter dropout")
-        return layer
-
-    def _same_dtype(self, x: Tensor) -> bool:
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype:
-            return False
-        bases = [p for group in self.parts.groups() for p in group.modules]
-        return all(_stored_dtype(module) in (x.dtype, torch.uint8) for module in bases)
-
-    def _fused(self, layer: Layer, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-        batch = self.shared.batch(x, *position_embeddings)
-        flat = x.reshape(batch.n, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):
-            return run_layer(layer, batch, flat, self._policy(), self.shared.store).view(x.shape)
-
-    def _policy(self) -> Policy:
-        if not self.module.training:
-            return KEEP_ALL
-        return self.policy or (RECOMPUTE_LAYER if self.shared.recompute else KEEP_ALL)
+        return bind_part(self.parts, self.parts.groups(), x)
 
 
-def stock_mask(config: Any, window: int | None, x: Tensor, position_ids: Tensor | None) -> Any:
-    """The mask that the stock model would build for one layer over rows without padding (packed ones if `position_ids` start anew)."""
-    if position_ids is None:
+class Bindable(Protocol):
+    """A part made of groups of projections, or a group itself."""
+
+    def bound(self, dtype: torch.dtype) -> Any: ...
+
+
+def bind_part(part: Bindable, groups: Sequence[Group], x: Tensor) -> Any:
+    """`part` for one pass over x, see `Group.bound`; `groups` are the projections in it.
+
+    Raises:
+        Unreadable: the stock modules would not multiply in x's dtype (autocast, or the weights' own), or an adapter drops out.
+    """
+    device = x.device.type
+    dtypes = {base_of(module).weight.dtype for group in groups for module in group.modules}
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype
+    if autocast or not dtypes <= {x.dtype, torch.uint8}:
+        raise Unreadable("autocast to another dtype than the activations'")
+    bound = part.bound(x.dtype)
+    if any(group.dropout for group in ([bound] if isinstance(bound, Group) else bound.groups())):
+        raise Unreadable("adapter dropout")
+    return bound
+
+
+def stock_mask(config: Any, window: int | None, x: Tensor, position_ids: Tensor | None, mask: Any) -> Any:
+    """The mask that the stock model would build for one layer in place of `mask`, one of `causal_mask`."""
+    cu_seqlens, _ = packed_rows(mask) or (None, None)
+    if cu_seqlens is not None:
+        starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
+        position_ids = (torch.arange(x.shape[1], device=x.device) - starts.to(x.device))[None]
+    elif position_ids is None:
         position_ids = torch.arange(x.shape[1], device=x.device)[None]
     build = create_causal_mask if window is None else create_sliding_window_causal_mask
     return build(config=config, inputs_embeds=x, attention_mask=None, past_key_values=None, position_ids=position_ids)
-
-
-def _stored_dtype(module: Any) -> torch.dtype:
-    return getattr(module, "base_layer", module).weight.dtype

@@ -1,7 +1,8 @@
 """Proof before use: a fast part is installed only after it has matched the stock part on this instance.
 
-A copy of the stock layer gets random adapters in place of the zeros that adapters start from, and a second copy, its 4-bit weights
-unpacked, computes in the next wider dtype: that is the truth. Two things are then asked of the output and of every gradient:
+A copy of the stock layer, or of one part of it, gets random adapters in place of the zeros that adapters start from, and a second
+copy, its 4-bit weights unpacked, computes in the next wider dtype: that is the truth. Two things are then asked of the output and of
+every gradient:
 
     the formula     the fast form of the wider copy agrees with the truth: ||fast - truth|| <= FORMULA * ||truth||
     the rounding    in the model's own dtype and quantisation the fast form is no wilder than the stock form:
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,6 @@ from exactune.lora.live import is_nf4
 FORMULA = 2e-4  # float32 sums in another order, with room for the cancellations of a softmax's backward
 RATIO = 3.0
 FLOOR = 64 * torch.finfo(torch.float32).eps
-TOKENS = 96  # more than one tile of every kernel, and not a multiple of one
 
 
 @dataclass(frozen=True)
@@ -129,27 +129,28 @@ def _error(value: Tensor, truth: Tensor) -> float:
 
 
 def prove(
-    layer: Any,
+    part: Any,
     fast_of: Callable[[nn.Module], Callable[..., Any]],
-    call: Callable[[Callable[..., Any], Tensor], Any],
-    width: int,
+    call: Callable[[Callable[..., Any], Tensor], Tensor],
+    shape: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
 ) -> Proof:
-    """Compare the fast form of a decoder layer with its stock form on random input of `TOKENS` tokens.
+    """Compare the fast form of a layer or of a part of one with its stock form on random input of `shape`.
 
-    `fast_of(copy)` builds the fast forward of a copy of `layer`; `call(forward, x)` calls a forward with all that this model's
-    layers are given.
+    `fast_of(copy)` builds the fast forward of a copy of `part`; `call(forward, x)` calls a forward with all that this model gives it.
     """
-    probe = copy.deepcopy(layer)
+    probe = copy.deepcopy(part)
     probe.train()
     randomise_adapters(probe)
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(1, TOKENS, width, generator=generator).to(device, dtype)
-    dy = torch.randn(1, TOKENS, width, generator=generator).to(device, dtype)
+    x = torch.randn(shape, generator=generator).to(device, dtype)
     off = torch.autocast(device.type, enabled=False)  # whatever the caller's own context says
     twin = truth_of(probe, dtype)
     wide_x = x.to(wider(dtype))
+    with torch.no_grad(), off:
+        width = call(twin, wide_x).shape
+    dy = torch.randn(width, generator=generator).to(device, dtype)
     truth = run(lambda t: call(twin, t), twin, wide_x, dy, off)
     fast_forward = fast_of(probe)
     fast = run(lambda t: call(fast_forward, t), probe, x, dy, off)
@@ -159,7 +160,7 @@ def prove(
     else:
         formula = fast  # float32 is wide enough to tell a formula, and float64 has no kernels
     if dtype == torch.float64:
-        return Proof(tuple(compare_formula(formula, truth)))  # the stock layer is the truth itself: it has no rounding to be held to
+        return Proof(tuple(compare_formula(formula, truth)))  # the stock part is the truth itself: it has no rounding to be held to
     # Frozen 16-bit weights with float32 adapters are trained under autocast, so that is the stock path to match.
     autocast = torch.autocast(device.type, dtype) if dtype in (torch.bfloat16, torch.float16) else off
     stock = run(lambda t: call(probe, t), probe, x, dy, autocast)

@@ -1,0 +1,152 @@
+"""The forwards that single parts run where a layer's wiring is not known as a whole: fused where the call allows it, else stock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exactune.lora import ops
+from exactune.lora.group import Group
+from exactune.lora.live import Unreadable
+from exactune.lora.part_functions import AttentionFunction, MlpFunction, PlainMlpFunction, ProjectionFunction, trained_in
+from exactune.lora.parts import Attention, Mlp, Norm
+from exactune.lora.plain_mlp import PlainMlp
+from exactune.models.anatomy.watch import split_activation
+from exactune.models.fused_layer import Shared, bind_part, packed_rows, stock_mask
+
+
+class FusedPart:
+    """Replaces the `forward` of one module instance; subclasses say what is computed."""
+
+    def __init__(self, module: Any, shared: Shared):
+        self.module, self.shared = module, shared
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() and not self.module.training:
+            return self.stock(*args, **kwargs)  # generation and evaluation: nothing to save, and the stock numbers to the bit
+        try:
+            return self.strict(*args, **kwargs)
+        except Unreadable as why:
+            self.shared.stock_calls[str(why)] += 1
+            return self.stock(*args, **kwargs)
+
+    def stock(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def strict(self, *args: Any, **kwargs: Any) -> Any:
+        """The fused forward and nothing else.
+
+        Raises:
+            Unreadable: this call has to run stock; the message says why.
+        """
+        raise NotImplementedError
+
+    def groups(self) -> list[Group]:
+        """The groups of projections whose weights this part may have moved."""
+        return []
+
+
+class FusedNorm(FusedPart):
+    """A norm on its own."""
+
+    def __init__(self, module: Any, norm: Norm, shared: Shared):
+        super().__init__(module, shared)
+        self.norm = norm
+
+    def strict(self, *args: Any, **kwargs: Any) -> Tensor:
+        x, more, named = split_activation(args, kwargs)
+        weight = self.norm.weight
+        if x is None or more or named or (weight is not None and weight.dtype != x.dtype):
+            raise Unreadable("a norm of another dtype than its weight's")
+        return ops.layer_norm(x, self.norm) if self.norm.centred else ops.rms_norm(x, self.norm)
+
+
+class FusedMlp(FusedPart):
+    """A gated or plain MLP."""
+
+    def __init__(self, module: Any, mlp: Mlp | PlainMlp, shared: Shared):
+        super().__init__(module, shared)
+        self.mlp = mlp
+
+    def groups(self) -> list[Group]:
+        return self.mlp.groups()
+
+    def strict(self, *args: Any, **kwargs: Any) -> Tensor:
+        x, more, named = split_activation(args, kwargs)
+        if x is None or more or named:
+            raise Unreadable("an MLP called with more than its input")
+        mlp = bind_part(self.mlp, self.groups(), x)
+        function = MlpFunction if isinstance(mlp, Mlp) else PlainMlpFunction
+        with torch.autocast(x.device.type, enabled=False):
+            return function.apply(mlp, x.reshape(-1, x.shape[-1]), *trained_in(mlp)).view(x.shape)
+
+
+class FusedProjection(FusedPart):
+    """One projection with its adapter, inside a part that is not recognised."""
+
+    def __init__(self, module: Any, group: Group, shared: Shared):
+        super().__init__(module, shared)
+        self.group = group
+
+    def groups(self) -> list[Group]:
+        return [self.group]
+
+    def strict(self, *args: Any, **kwargs: Any) -> Tensor:
+        x, more, named = split_activation(args, kwargs)
+        if x is None or more or named:
+            raise Unreadable("a projection called with more than its input")
+        group = bind_part(self.group, [self.group], x)
+        with torch.autocast(x.device.type, enabled=False):
+            y = ProjectionFunction.apply(group, x.reshape(-1, x.shape[-1]), *group.parameters())
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class FusedAttention(FusedPart):
+    """Self-attention from the layer's normed input to the output projection; `results` is how many values the stock module returns."""
+
+    def __init__(self, module: Any, attention: Attention, shared: Shared, config: Any, results: int):
+        super().__init__(module, shared)
+        self.attention, self.config, self.results = attention, config, results
+
+    def groups(self) -> list[Group]:
+        return self.attention.groups()
+
+    def stock(self, *args: Any, **kwargs: Any) -> Any:
+        mask = kwargs.get("attention_mask")
+        if packed_rows(mask) is not None:
+            x: Any = split_activation(args, kwargs)[0]
+            kwargs["attention_mask"] = stock_mask(self.config, self.attention.window, x, kwargs.get("position_ids"), mask)
+        return super().stock(*args, **kwargs)
+
+    def strict(self, *args: Any, **kwargs: Any) -> Any:
+        x, more, named = split_activation(args, kwargs)
+        if x is None or x.dim() != 3:
+            raise Unreadable("attention called in a way of its own")
+        mask, (cos, sin) = self._masked(more, named), named.get("position_embeddings") or (None, None)
+        attention = bind_part(self.attention, self.groups(), x)
+        batch = self.shared.batch(attention, x, cos, sin, packed_rows(mask))
+        with torch.autocast(x.device.type, enabled=False):
+            a = AttentionFunction.apply(attention, batch, x.reshape(batch.n, x.shape[-1]), *trained_in(attention)).view(x.shape)
+        return a if self.results == 1 else (a, *[None] * (self.results - 1))
+
+    def _masked(self, more: tuple, named: dict[str, Any]) -> Any:
+        """The mask of this call, where it is none that the stock module would have to apply.
+
+        Raises:
+            Unreadable: it is one, or something else asks for the stock module.
+        """
+        if more and not all(value is None for value in more):
+            raise Unreadable("a call with positional arguments")
+        if named.get("past_key_values") is not None or named.get("layer_past") is not None:
+            raise Unreadable("a key/value cache")
+        if named.get("output_attentions"):
+            raise Unreadable("attention weights asked for")
+        mask = named.get("attention_mask")
+        if mask is not None and packed_rows(mask) is None:
+            raise Unreadable("an attention mask")
+        if self.attention.rotary_style != "none" and named.get("position_embeddings") is None:
+            raise Unreadable("a call without position embeddings by name")
+        return mask

@@ -1,0 +1,55 @@
+"""Recognise how a model makes logits of hidden states, from the logits themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exactune.models.causal_loss import Head
+
+OWN_WAY = "a head that makes its logits in a way of its own"
+
+
+def _scales(config: Any, raw: Tensor, stock: Tensor) -> list[float]:
+    """1, and the numbers of the config (or one over them) that the ratio of the logits points to."""
+    ratio = (raw * stock).sum().item() / max((raw * raw).sum().item(), 1e-30)
+    numbers = [v for v in vars(config).values() if isinstance(v, (int, float)) and not isinstance(v, bool) and v]
+    named = {s for v in numbers for s in (float(v), 1 / v) if abs(s - ratio) < 1e-2 * abs(ratio)}
+    found = getattr(config, "logit_scale", None), 1 / (getattr(config, "logits_scaling", None) or 1)
+    return [1.0, *(s for s in found if s), *sorted(named, key=lambda s: abs(s - ratio))]
+
+
+def _usual_loss(logits: Tensor, labels: Tensor, loss: Any) -> bool:
+    """True where `loss` is the mean cross-entropy of each next token and nothing else, as in the fused head."""
+    usual = nn.functional.cross_entropy(logits[0, :-1].float(), labels[0, 1:])
+    return isinstance(loss, Tensor) and torch.allclose(loss.float(), usual, rtol=1e-3)
+
+
+@torch.no_grad()
+def read_head(base: Any, decoder: Any) -> tuple[Head | None, str]:
+    """(the head whose formula gives the stock model's own logits on a few tokens, "") or (None, why there is none)."""
+    config = base.config.get_text_config()
+    hidden: list[Any] = []
+    hook = decoder.register_forward_hook(lambda module, args, out: hidden.append(getattr(out, "last_hidden_state", None)))
+    try:
+        ids = torch.arange(8, device=base.get_input_embeddings().weight.device)[None] % config.vocab_size
+        stock = type(base).forward(base, input_ids=ids, labels=ids, use_cache=False)
+    finally:
+        hook.remove()
+    module, logits = base.get_output_embeddings(), stock.logits
+    if not hidden or not isinstance(hidden[-1], Tensor) or getattr(module, "in_features", None) != hidden[-1].shape[-1]:
+        return None, OWN_WAY
+    if not _usual_loss(logits, ids, stock.loss):
+        return None, "a loss of its own"
+    raw = module(hidden[-1])
+    if raw.shape != logits.shape:
+        return None, OWN_WAY
+    softcaps = [v for k, v in vars(config).items() if "softcap" in k and "attn" not in k and isinstance(v, float)]
+    for softcap in (None, *softcaps):
+        for scale in _scales(config, raw.float(), logits.float()):
+            head = Head(module, softcap, scale)
+            if torch.allclose(head.logits(hidden[-1]).float(), logits.float(), rtol=4 * torch.finfo(logits.dtype).eps, atol=1e-6):
+                return head, ""
+    return None, OWN_WAY

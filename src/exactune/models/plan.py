@@ -1,0 +1,144 @@
+"""What can be made fast in one decoder layer: the whole of it, or else which of its parts, and why the others stay stock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from exactune.lora.group import Group
+from exactune.lora.live import is_nf4
+from exactune.lora.parts import Attention, Layer, Mlp, Norm
+from exactune.lora.plain_mlp import PlainMlp
+from exactune.lora.stacked import Scratch
+from exactune.models.anatomy.attention import Setting, read_attention
+from exactune.models.anatomy.layer import read_layer
+from exactune.models.anatomy.mlp import read_mlp
+from exactune.models.anatomy.norm import read_norm
+from exactune.models.anatomy.watch import Event, Trace, Unrecognised, is_projection, watch
+
+Kind = Literal["attention", "mlp", "norm", "projection"]
+Reading = Attention | Mlp | PlainMlp | Norm | Group
+
+
+@dataclass
+class Part:
+    """One module of a layer: what it was read as, or the reason why it was not."""
+
+    path: str
+    kind: Kind
+    module: Any
+    reading: Reading | None = None
+    reason: str = ""
+    event: Event | None = None
+    inner: list[Part] = field(default_factory=list)  # what could be fast in it by itself, should the whole of it not be
+
+
+@dataclass
+class Plan:
+    """A layer's parts, and the layer as a whole where its wiring is known."""
+
+    parts: list[Part] = field(default_factory=list)
+    whole: Layer | None = None
+    why_not_whole: str = ""
+
+
+def kind_of(event: Event) -> Kind:
+    """ "attention" for a part that is given more than activations (positions, a mask), "mlp" for one that is not."""
+    return "attention" if event.args or event.kwargs else "mlp"
+
+
+class Reader:
+    """Reads one layer, part by part, from a single watched pass."""
+
+    def __init__(self, layer: Any, trace: Trace, setting: Setting | Unrecognised, scratch: Scratch):
+        self.layer, self.trace, self.setting, self.scratch = layer, trace, setting, scratch
+        self.plan = Plan()
+
+    def read(self) -> Plan:
+        """The plan of the layer."""
+        plan = Plan(self._inside(self.layer, "", top=True))
+        readings = {part.module: part.reading for part in plan.parts if part.reading is not None}
+        try:
+            plan.whole = read_layer(self.layer, self.trace, readings)
+        except Unrecognised as why:
+            plan.why_not_whole = str(why)
+        return plan
+
+    def _inside(self, module: Any, prefix: str, *, top: bool = False) -> list[Part]:
+        return [part for name, child in module.named_children() for part in self._visit(child, f"{prefix}{name}", top=top)]
+
+    def _visit(self, child: Any, path: str, *, top: bool) -> list[Part]:
+        event = self.trace.events.get(child)
+        if event is None or child in self.trace.repeated:
+            return self._inside(child, f"{path}.") if not hasattr(child, "base_layer") else []
+        if is_projection(child):
+            # Worth a fast form by itself only if it has an adapter.
+            return [Part(path, "projection", child, Group([child], self.scratch), event=event)] if hasattr(child, "lora_A") else []
+        if next(child.children(), None) is None:
+            return self._visit_leaf(child, path, event)
+        part = Part(path, kind_of(event), child, event=event, inner=self._inside(child, f"{path}."))
+        try:
+            part.reading = self._read(part)
+        except Unrecognised as why:
+            part.reason = str(why)
+        # Routers and experts inside an MLP are its own affair: only what stands in the layer itself counts as a stock part.
+        return [part] if part.reading is not None or top else part.inner
+
+    def _read(self, part: Part) -> Reading:
+        if part.kind == "mlp":
+            return read_mlp(part.module, self.trace, self.scratch)
+        if isinstance(self.setting, Unrecognised):
+            raise self.setting
+        if self.setting.window is None and getattr(part.module, "sliding_window", None):
+            raise Unrecognised("a window that its mask does not show")
+        return read_attention(part.module, self.trace, self.setting, self.scratch)
+
+    def _visit_leaf(self, child: Any, path: str, event: Event) -> list[Part]:
+        if event.args or event.kwargs or event.x.shape != event.y.shape or event.x is event.y:
+            return []
+        try:
+            return [Part(path, "norm", child, read_norm(child, event.x), event=event)]
+        except Unrecognised as why:
+            weight = getattr(child, "weight", None)
+            # What has no vector of weights is an activation or the like, and no norm at all.
+            return [Part(path, "norm", child, reason=str(why), event=event)] if weight is not None and weight.dim() == 1 else []
+
+
+def read_plan(layer: Any, event: Event, setting: Setting | Unrecognised, scratch: Scratch) -> Plan:
+    """The plan of a decoder layer that the model calls as in `event`; `setting` may be the reason why its attention cannot be read."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(event.x.shape, generator=generator).to(event.x.device, event.x.dtype)
+    trace = watch(layer, lambda: event.replay(layer, x))
+    return Reader(layer, trace, setting, scratch).read()
+
+
+def signature(module: Any, reading: Any) -> tuple:
+    """What two modules must have in common for the proof of one to hold for the other: code, shapes, settings and what was read."""
+    tree = tuple((name, type(m), _settings(m), _shapes(m)) for name, m in module.named_modules())
+    return tree, _form(reading)
+
+
+def _settings(module: Any) -> tuple:
+    plain = (int, float, bool, str, type(None))
+    own = {k: v for k, v in vars(module).items() if isinstance(v, plain) and not k.startswith("_") and k not in ("layer_idx", "training")}
+    return tuple(sorted(own.items(), key=lambda item: item[0]))
+
+
+def _shapes(module: Any) -> tuple:
+    own = module._parameters.items()
+    return (is_nf4(module), *((name, p.shape, p.dtype, p.requires_grad) for name, p in own if p is not None))
+
+
+def _form(reading: Any) -> tuple:
+    """The choices in a reading that are no modules or tensors."""
+    if isinstance(reading, Layer):
+        return _form(reading.attention), _form(reading.mlp), *(_form(norm) for norm in reading.norms())
+    if isinstance(reading, Attention):
+        bare = replace(reading, sinks=None)
+        choices = (bare.heads, bare.kv_heads, bare.head_dim, bare.scale, bare.rotary_style, bare.window, bare.softcap)
+        return (*choices, bare.norm_place, bare.repeated_tables, *(_form(norm) for norm in reading.norms()))
+    if isinstance(reading, Norm):
+        return reading.eps, reading.offset, reading.cast, reading.centred
+    return (getattr(reading, "activation", None),)
