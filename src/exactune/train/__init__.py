@@ -13,13 +13,15 @@ _PUBLIC = {
     "RunFolder": "run_folder",
     "FusedORPOTrainer": "fused_pairs",
     "FusedCPOTrainer": "fused_pairs",
+    "lean": "reference",
 }
 
-__all__ = ["FusedCPOTrainer", "FusedORPOTrainer", "RunFolder", "RunResult", "TrainConfig", "train"]
+__all__ = ["FusedCPOTrainer", "FusedORPOTrainer", "RunFolder", "RunResult", "TrainConfig", "lean", "train"]
 
 if TYPE_CHECKING:
     from exactune.train.config import TrainConfig
     from exactune.train.fused_pairs import FusedCPOTrainer, FusedORPOTrainer
+    from exactune.train.reference import lean
     from exactune.train.result import RunResult
     from exactune.train.run_folder import RunFolder
     from exactune.train.sft import train

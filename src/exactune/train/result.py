@@ -9,7 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left. `before` and `after` are the scores that the objective measures (None without held-out rows). `adapter_dir` (lora, qlora) or `model_dir` (full) holds the result; both None if it was interrupted."""
+    """What a run left. `adapter_dir` (lora, qlora) or `model_dir` (full) holds the result; both None if it was interrupted.
+
+    `before` and `after` are the scores that the objective measures; None without held-out rows.
+    """
 
     run_dir: Path
     adapter_dir: Path | None = None

@@ -11,6 +11,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from exactune.train.optimizer_groups import LearningRates, split_groups
+from exactune.train.reference import tell_no_mean_logits
 from exactune.train.run_folder import RunFolder
 from exactune.train.writing import replace_folder, staging_folder
 
@@ -40,9 +41,7 @@ class InRunFolder(Trainer):
         self._checkpoints = run.checkpoints
         with _adapters_as_they_are(arguments["model"]):
             super().__init__(**arguments)
-        model: Any = self.model
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        base.register_forward_hook(_mean_logits_not_told)
+        tell_no_mean_logits(self.model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._watch and self._every and "loss" in logs and self.state.global_step % self._every == 0:
@@ -90,13 +89,6 @@ class InRunFolder(Trainer):
                 (staging / name / unwanted).unlink(missing_ok=True)
             replace_folder(staging / name, final)
         rotate_checkpoints(str(self._run.checkpoints), self.args.save_total_limit)
-
-
-def _mean_logits_not_told(module: Any, args: Any, output: Any) -> None:
-    """TRL's trainers log the mean logit; a fused head that does not tell it leaves them one that is not a number."""
-    log_probs = getattr(output, "log_probs", None)
-    if log_probs is not None and getattr(output, "mean_logits", None) is None:
-        output.mean_logits = log_probs.detach() * float("nan")
 
 
 @contextmanager

@@ -1,0 +1,212 @@
+"""One preference step (DPO or ORPO): stock TRL, Unsloth and Exactune on the same weights, pairs and seed, one process each.
+
+    python bench/preference.py --model DIR --method dpo --bits 4 --pairs 2 --tokens 2048 --kinds trl unsloth exactune
+
+Prints tokens/s (both answers of a pair count), milliseconds, peak allocated and reserved GiB, and the largest relative difference
+of the losses from the first kind's. `--out FILE` appends one JSON line a kind. Conditions: LoRA on all seven linears, TRL's own
+trainer and its fused AdamW, bf16 autocast, rows of `--tokens` words a quarter of which are the prompt, three warm-up steps, median
+of the rest. `--cpu` runs without a GPU: it tries the plumbing, and its memory is the process's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from train import GIB, LINEARS, WARM_UP, provenance, run_worker
+
+WORDS = 2000
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="model folder (make_random_llama.py writes one)")
+    parser.add_argument("--method", choices=["dpo", "orpo"], default="dpo")
+    parser.add_argument("--kinds", nargs="+", default=["trl", "unsloth", "exactune"])
+    parser.add_argument("--bits", choices=["16", "4"], default="4")
+    parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--checkpointing", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--out", type=Path, help="append the results here, one JSON line each")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args(given)
+
+
+def word_tokenizer(vocabulary: int):
+    """A tokenizer with one token a word, so that a row has as many tokens as words, whatever model is measured."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(min(WORDS, vocabulary - 2))}
+    tokenizer = Tokenizer(models.WordLevel({**words, "<end>": len(words), "<pad>": len(words) + 1}, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
+
+
+def rows(args: argparse.Namespace, vocabulary: int) -> list[dict[str, str]]:
+    """Pairs of exactly `--tokens` tokens a side, the end of text included."""
+    generator = random.Random(1)
+    prompt = args.tokens // 4
+
+    def text(count: int) -> str:
+        return " ".join(f"w{generator.randrange(min(WORDS, vocabulary - 2))}" for _ in range(count))
+
+    count = args.pairs * (args.steps + WARM_UP)
+    answer = args.tokens - prompt - 1
+    return [{"prompt": text(prompt), "chosen": f" {text(answer)} <end>", "rejected": f" {text(answer)} <end>"} for _ in range(count)]
+
+
+def build(kind: str, args: argparse.Namespace):
+    """The model of one kind with LoRA on it, ready to train."""
+    if kind == "unsloth":
+        from unsloth import FastLanguageModel, PatchDPOTrainer  # before torch and transformers, as it asks
+
+        PatchDPOTrainer()
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if kind == "unsloth":
+        model, _ = FastLanguageModel.from_pretrained(
+            args.model, max_seq_length=args.tokens, load_in_4bit=args.bits == "4", dtype=torch.bfloat16, local_files_only=True
+        )
+        lora = {"r": args.rank, "lora_alpha": args.rank, "target_modules": LINEARS, "max_seq_length": args.tokens}
+        return FastLanguageModel.get_peft_model(model, **lora, use_gradient_checkpointing="unsloth" if args.checkpointing else False)
+    dtype = torch.float32 if args.cpu else torch.bfloat16
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    quantised = {"quantization_config": nf4} if args.bits == "4" else {}
+    place = {"": "cpu" if args.cpu else 0}
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, device_map=place, attn_implementation="sdpa", **quantised)
+    torch.manual_seed(3407)
+    model = get_peft_model(model, LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=LINEARS, task_type="CAUSAL_LM"))
+    if kind == "exactune":
+        from exactune import accelerate
+
+        print(accelerate(model).summary(), file=sys.stderr)
+    return model
+
+
+def trainer_of(kind: str, args: argparse.Namespace, model, folder: str, clock):
+    """TRL's trainer with the same settings for every kind; Exactune's own seams on its own model alone."""
+    from datasets import Dataset
+
+    common = {
+        "output_dir": folder, "max_steps": args.steps + WARM_UP, "per_device_train_batch_size": args.pairs, "max_length": args.tokens,
+        "learning_rate": 2e-4, "logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "beta": 0.1,
+        "bf16": not args.cpu, "use_cpu": args.cpu, "gradient_checkpointing": bool(args.checkpointing), "seed": 1,
+        "lr_scheduler_type": "constant", "optim": "adamw_torch" if args.cpu else "adamw_torch_fused",
+    }  # fmt: skip
+    vocabulary = model.config.vocab_size
+    given = {"model": model, "train_dataset": Dataset.from_list(rows(args, vocabulary)), "processing_class": word_tokenizer(vocabulary)}
+    given["callbacks"] = [clock]
+    if args.method == "dpo":
+        from trl import DPOConfig, DPOTrainer
+
+        trainer = DPOTrainer(args=DPOConfig(**common), **given)
+        if kind == "exactune":
+            from exactune.train import lean
+
+            lean(trainer)
+        return trainer
+    try:
+        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+    except ImportError:  # the TRL that a peer pins may be older
+        from trl import ORPOConfig, ORPOTrainer
+    if kind == "exactune":
+        from exactune.train import FusedORPOTrainer as ORPOTrainer
+    return ORPOTrainer(args=ORPOConfig(**common), **given)
+
+
+def clock_of(cuda: bool):
+    """A callback that times each update, and forgets the peak of the warm-up."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self):
+            self.times: list[float] = []
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if cuda:
+                torch.cuda.synchronize()
+                if state.global_step == WARM_UP:
+                    torch.cuda.reset_peak_memory_stats()
+            self.start = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if cuda:
+                torch.cuda.synchronize()
+            self.times.append(time.perf_counter() - self.start)
+
+    return Clock()
+
+
+def measure(kind: str, args: argparse.Namespace) -> dict:
+    """Train a few steps; times, memory and losses."""
+    os.environ.update(HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1")
+    model = build(kind, args)
+    import torch
+
+    cuda = not args.cpu
+    clock = clock_of(cuda)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(kind, args, model, folder, clock)
+        trainer.train()
+    seconds = statistics.median(clock.times[WARM_UP:])
+    if cuda:
+        peak, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
+    else:
+        import psutil
+
+        peak = reserved = psutil.Process().memory_info().rss / GIB
+    return {
+        "kind": kind,
+        "tokens_s": round(2 * args.pairs * args.tokens / seconds),
+        "ms": round(seconds * 1e3, 1),
+        "ms_all": [round(t * 1e3, 1) for t in clock.times],
+        "peak_gib": round(peak, 2),
+        "reserved_gib": round(reserved, 2),
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
+def main() -> None:
+    args = arguments()
+    if args.worker:
+        print(json.dumps(measure(args.worker, args)))
+        return
+    results = [run_worker(kind) for kind in args.kinds]
+    reference = next((r["losses"] for r in results if "losses" in r), [])
+    shape = f"{args.pairs} pairs x {args.tokens}"
+    title = f"{args.method} {Path(args.model).name} {args.bits}-bit {shape} checkpointing={args.checkpointing} r={args.rank}"
+    print(f"\n{title}\n{'':10} {'tokens/s':>9} {'ms':>8} {'peak GiB':>9} {'reserved':>9} {'loss diff':>10}")
+    for r in results:
+        if "error" in r:
+            print(f"{r['kind']:10} {r['error']}")
+            print(r["stderr"], file=sys.stderr)
+            continue
+        diff = max(abs(a - b) / abs(b) for a, b in zip(r["losses"], reference))
+        print(f"{r['kind']:10} {r['tokens_s']:9} {r['ms']:8.1f} {r['peak_gib']:9.2f} {r['reserved_gib']:9.2f} {diff:10.1e}")
+        for note in r["notes"]:
+            print(f"{'':10} {note}")
+    if args.out:
+        about = {} if args.cpu else provenance()
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with args.out.open("a") as file:
+            for r in results:
+                r.pop("stderr", None)
+                file.write(json.dumps({"title": title, **r, **about}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

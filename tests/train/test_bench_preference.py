@@ -1,0 +1,38 @@
+"""The plumbing of bench/preference.py on a tiny model: every kind that is here trains on the same pairs with the same losses."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    for name in ("train", "preference"):  # bench's own modules, not whatever else has these names
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import preference
+
+    yield preference
+    for name in ("train", "preference"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("method", ["dpo", "orpo"])
+def test_stock_and_ours_measure_the_same_steps(method, bench, workspace):
+    args = bench.arguments(
+        ["--model", str(workspace / "model"), "--method", method, "--cpu", "--tokens", "32", "--steps", "2", "--bits", "16"]
+    )
+    stock, ours = bench.measure("trl", args), bench.measure("exactune", args)
+    assert len(stock["losses"]) == 2 + bench.WARM_UP
+    assert ours["losses"] == pytest.approx(stock["losses"], rel=1e-3)
+    assert ours["tokens_s"] > 0 and ours["peak_gib"] > 0
+
+
+def test_rows_have_exactly_the_tokens_asked_for(bench):
+    args = bench.arguments(["--model", "m", "--tokens", "64"])
+    tokenizer = bench.word_tokenizer(500)
+    for row in bench.rows(args, 500):
+        assert [len(tokenizer(row["prompt"] + row[side])["input_ids"]) for side in ("chosen", "rejected")] == [64, 64]
