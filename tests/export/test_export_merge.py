@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from exactune import assets
 from exactune.errors import ConfigError, ModelError, OutputError
 from exactune.export.merge import merge
+from exactune.export.verify import logits_of
 from export_models import adapt, prompts, same_logits, tiny, tokenizer
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -132,3 +133,15 @@ def test_unsupported_adapter_kind_is_refused(tmp_path):
     model = adapt(tiny("llama"), target_modules=["q_proj"], r=4, alora_invocation_tokens=[5])
     with pytest.raises(ModelError, match="ALoraLinearVariant"):
         merge(model, tokenizer(), tmp_path / "a")
+
+
+def test_the_proof_holds_no_second_copy_of_the_model(tmp_path):
+    from exactune.export.reload import reloaded
+
+    model = tiny("llama")
+    merge(model, tokenizer(), tmp_path / "merged", dtype="float32")
+    with reloaded(tmp_path / "merged", type(model), torch.float32) as again:
+        assert {parameter.device.type for parameter in again.parameters()} == {"meta"}
+        assert all(map(torch.equal, logits_of(again, prompts()), logits_of(model, prompts())))
+        assert {parameter.device.type for parameter in again.parameters()} == {"meta"}
+    assert not list((tmp_path / "merged").glob(".*"))

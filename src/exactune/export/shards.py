@@ -7,7 +7,6 @@ are noted in `progress.json`: a later attempt with the same plan takes over thos
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,8 +16,10 @@ from typing import Protocol
 
 import torch
 
+from exactune.export.hashing import WORKERS, Digest, file_hash
 from exactune.export.layout import Group, Piece, Shard
 
+FLUSH_BYTES = 256 * 1024 * 1024
 PROGRESS = "progress.json"
 INDEX = "model.safetensors.index.json"
 
@@ -42,36 +43,42 @@ def header(pieces: Sequence[Piece]) -> bytes:
 
 
 def write_shard(path: Path, pieces: Sequence[Piece], tensors: Iterable[torch.Tensor]) -> str:
-    """Write one file, making the next tensor while the last is hashed and written. Returns its SHA-256 in hex."""
-    digest = hashlib.sha256()
-
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as writer:
+    """Write one file; returns its hash. While a tensor is written and hashed the next is made, and the disk is kept busy with the last."""
+    with (
+        path.open("wb", buffering=0) as file,
+        ThreadPoolExecutor(1) as writer,
+        ThreadPoolExecutor(1) as flusher,
+        ThreadPoolExecutor(WORKERS) as hashers,
+    ):
+        digest = Digest(hashers)
+        flushing = flusher.submit(lambda: None)
+        unflushed = 0
 
         def put(data: bytes | memoryview) -> None:
-            digest.update(data)
             view = memoryview(data)
             while view:
                 view = view[file.write(view) :]
 
-        pending = writer.submit(put, header(pieces))
+        head = header(pieces)
+        digest.add(head)
+        pending = writer.submit(put, head)
         for piece, tensor in zip(pieces, tensors, strict=True):
             if tuple(tensor.shape) != piece.shape or tensor.dtype != piece.dtype:
                 raise ValueError(f"{piece.name} came out as {tuple(tensor.shape)} {tensor.dtype}, planned {piece.shape} {piece.dtype}")
             data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
             pending.result()
+            digest.wait()
+            digest.add(data)
             pending = writer.submit(put, data)
+            unflushed += piece.nbytes
+            # the system would gather gigabytes before it begins to write, and then all would wait for the disk
+            if unflushed >= FLUSH_BYTES and flushing.done():
+                flushing.result()
+                flushing, unflushed = flusher.submit(os.fsync, file.fileno()), 0
         pending.result()
+        flushing.result()
         os.fsync(file.fileno())
-    return digest.hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return digest.hexdigest()
 
 
 class Maker(Protocol):
@@ -84,7 +91,7 @@ class Maker(Protocol):
 
 
 def write_checkpoint(folder: Path, groups: Sequence[Group], shards: Sequence[Shard], fingerprint: str, maker: Maker) -> dict[str, str]:
-    """Write all shards and the index; returns file -> SHA-256.
+    """Write all shards and the index; returns file -> hash.
 
     A group whose pieces fall into two shards is made once, and its rest held until the next shard opens.
     """

@@ -35,7 +35,8 @@ class Agreement:
 @torch.no_grad()
 def logits_of(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Float32 logits [T, V] on the CPU for each prompt alone: no padding, no cache, no dropout."""
-    device = next(model.parameters()).device
+    # a model whose weights are streamed from the disk has none on any device
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     modes = [module.training for module in model.modules()]
     model.eval()
     try:
