@@ -218,7 +218,7 @@ class Group:
             if da is None:
                 assert x is not None
                 da = self._rank_first(p_dy, x)
-            db = self._blocks(ops.rank_grad(p, dy).t()) if db is None else db
+            db = self._blocks(ops.rank_grad(dy, p)) if db is None else db
             rank = 0
             for projection, own in zip(self.projections, db):
                 if projection.adapter is not None:

@@ -39,11 +39,11 @@ def gradients(fn: Callable, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -
         return torch.autograd.grad(out, leaves, list(grads) if isinstance(out, tuple) else grads[0])
 
 
-def rank_grad(p: Tensor, x: Tensor) -> Tensor:
-    """pᵀ x [R, K] of p [N, R] and x [N, K], summed and returned in float32 (float64 for float64)."""
-    if p.is_cuda and p.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(p.t(), x, out_dtype=torch.float32)
-    return p.t() @ x
+def rank_grad(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ b [I, J] of a [N, I] and b [N, J], one of them the rank wide; summed and returned in float32 (float64 for float64)."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a.t(), b, out_dtype=torch.float32)
+    return a.t() @ b
 
 
 def _into(out: Tensor | None, y: Tensor) -> Tensor:

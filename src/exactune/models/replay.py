@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -84,7 +84,7 @@ class Recording:
     """One recorded pass. Its outputs are overwritten by the next replay of any recording, so they are copied out at once."""
 
     def __init__(self, compute: Compute, inputs: Inputs, model: nn.Module, groups: list[Group], capture: Capture):
-        names, self.trained = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
+        names, self.trained = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))  # all of one dtype
         self._storage = [p.detach() for p in self.trained]  # what the graphs read stays allocated as long as they do
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self._groups = groups
@@ -102,9 +102,9 @@ class Recording:
             live.append((outputs, aliases))
             return tuple(t.detach() for t in outputs)
 
-        def backward() -> tuple[Tensor | None, ...]:
+        def backward() -> tuple[Tensor]:
             outputs, aliases = live.pop()
-            return torch.autograd.grad(outputs[0], aliases, self._upstream, allow_unused=True)
+            return (_flat(torch.autograd.grad(outputs[0], aliases, self._upstream, allow_unused=True), self.trained),)
 
         def both() -> None:
             self._upstream = torch.ones_like(forward()[0])
@@ -112,7 +112,7 @@ class Recording:
 
         capture.warm_up(both)
         self._forward, self._outputs = capture.record(forward)
-        self._backward, self._gradients = capture.record(backward)
+        self._backward, (self._gradients,) = capture.record(backward)
 
     @property
     def waiting(self) -> bool:
@@ -132,16 +132,34 @@ class Recording:
         self._open = weakref.ref(token)
         return tuple(t.clone() for t in self._outputs)
 
-    def backward(self, upstream: Tensor) -> list[Tensor | None]:
-        """The gradients of `trained` for the last forward, copied."""
+    def backward(self, upstream: Tensor) -> list[Tensor]:
+        """The gradients of `trained` for the last forward, copied: views of one fresh tensor, which autograd takes as they are."""
         for group in self._groups:
             group.restore_slots()
         self._upstream.copy_(upstream)
         self._backward()
         self._open = lambda: None
-        there = [g for g in self._gradients if g is not None]
-        copies = iter(torch._foreach_mul(there, 1.0))  # autograd would keep the tensors themselves, or clone them one by one
-        return [None if g is None else next(copies) for g in self._gradients]
+        copies = self._gradients.clone().split([p.numel() for p in self.trained])
+        return [copy.view(p.shape) for copy, p in zip(copies, self.trained)]
+
+
+def _flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
+    """All gradients in one tensor, one after another; zeros where there is none."""
+    flat = torch.empty(sum(p.numel() for p in like), dtype=like[0].dtype, device=like[0].device)
+    places = [place.view(p.shape) for place, p in zip(flat.split([p.numel() for p in like]), like)]
+    into: list[Tensor] = []
+    from_: list[Tensor] = []
+    for place, gradient in zip(places, gradients):
+        if gradient is None:
+            place.zero_()
+        elif gradient.is_contiguous():
+            into.append(place)
+            from_.append(gradient)
+        else:
+            place.copy_(gradient)
+    if into:
+        torch._foreach_copy_(into, from_)  # a few launches for all, which strided ones would spoil
+    return flat
 
 
 class _Token:
@@ -263,6 +281,8 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
 
 def _obstacle(model: Any) -> str | None:
     """Why no pass of this model can be recorded, or None."""
+    if len({p.dtype for p in model.parameters() if p.requires_grad}) > 1:
+        return "trained tensors of several dtypes"
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):
         return "rotary frequencies that depend on the batch"
