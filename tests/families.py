@@ -48,6 +48,15 @@ def with_lora(model: Any, **config: Any) -> Any:
     return peft.train()
 
 
+def four_bit_model(folder: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A Llama whose linear layers are held in NF4, with adapters; `folder` takes its 16-bit checkpoint. Needs bitsandbytes."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny_model("llama", torch.float32, hidden_size=128, intermediate_size=192).save_pretrained(folder)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    return with_lora(AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map={"": "cpu"}))
+
+
 def random_batch(rows: int = 2, tokens: int = 50, vocabulary: int = 150) -> dict[str, torch.Tensor]:
     """Random ids, and labels with a masked prompt in the first row."""
     generator = torch.Generator().manual_seed(0)

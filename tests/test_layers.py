@@ -7,8 +7,8 @@ SRC = Path(__file__).parent.parent / "src" / "exactune"
 
 RANKS = {
     "errors": 0, "device": 0, "assets": 0,
-    "kernels": 1, "data": 1,
-    "lora": 2, "memory": 2,
+    "kernels": 1, "data": 1, "memory": 1,
+    "lora": 2,
     "models": 3,
     "infer": 4, "export": 4,
     "evaluate": 5,

@@ -5,11 +5,10 @@ import itertools
 import pytest
 import torch
 
-from exactune.lora.keeping import Policy, policies
-from exactune.lora.parts import Tiling
 from exactune.memory.offload import HostStore
+from exactune.memory.policy import Policy, Tiling, policies
 from exactune.models.accelerate import accelerate
-from families import FAMILIES, distance, loss_and_grads, random_batch, tiny_model, with_lora
+from families import FAMILIES, distance, four_bit_model, loss_and_grads, random_batch, tiny_model, with_lora
 
 NAMES = sorted(policies())
 CLOSE = 2e-6  # as in the tests of acceleration: the stock norms compute in float32
@@ -106,18 +105,9 @@ def test_full_fine_tuning_in_tiles_matches_the_whole():
     assert distance(loss_and_grads(model, **random_batch())[1], whole[1]) < CLOSE
 
 
-def four_bit_model(folder, dtype=torch.float32):
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("bitsandbytes", reason="4-bit weights are bitsandbytes'")
-    tiny_model("llama", torch.float32, hidden_size=128, intermediate_size=192).save_pretrained(folder)
-    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    return with_lora(
-        transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map={"": "cpu"})
-    )
-
-
 @pytest.mark.parametrize("tiling", [Tiling(), Tiling(tokens=16, kv_heads=1)], ids=str)
 def test_four_bit_weights_keep_their_bits(tmp_path, tiling):
+    pytest.importorskip("bitsandbytes", reason="4-bit weights are bitsandbytes'")
     model = four_bit_model(tmp_path)
     layers, shared = fused(model)
     shared.tiling = tiling

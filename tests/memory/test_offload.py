@@ -7,14 +7,9 @@ import pytest
 import torch
 
 from exactune.memory import offload, pieces
-from exactune.memory.offload import HostStore, Trip
+from exactune.memory.offload import HostStore, Luggage, Trip
 
 CPU = torch.device("cpu")
-
-
-class Luggage:
-    def __init__(self):
-        self.tensors = []
 
 
 class Double(torch.autograd.Function):

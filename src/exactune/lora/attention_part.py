@@ -6,7 +6,7 @@ temporaries (a float32 gradient of the queries, keys and values repeated for eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,16 +78,15 @@ def project_tiles(attention: Attention, batch: Batch, normed: Callable[[slice], 
     return packed.buffer, ranks[0] if len(ranks) == 1 else torch.cat(ranks)
 
 
-def _rotated(attention: Attention, batch: Batch, packed: Tensor) -> Iterator[tuple[HeadGroup, tuple[Tensor, Tensor, Tensor]]]:
-    """What attention reads, group by group: q and k normed and rotated, v as it is."""
+def _rotated(attention: Attention, batch: Batch, packed: Tensor, group: HeadGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """What attention reads of one group: q and k normed and rotated, v as it is."""
     heads = _heads(attention, batch, packed)
-    for group in head_groups(attention, batch):
-        q, k, v = (part[:, :, columns] for part, columns in zip(heads, (group.q, group.k, group.k)))
-        if attention.norms():
-            q_out, k_out = (torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (q, k))
-            turn(group.attention, batch, q, k, q_out=q_out, k_out=k_out)
-            q, k = q_out, k_out
-        yield group, (q, k, v)
+    q, k, v = (part[:, :, columns] for part, columns in zip(heads, (group.q, group.k, group.k)))
+    if not attention.norms():
+        return q, k, v
+    q_out, k_out = (torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (q, k))
+    turn(group.attention, batch, q, k, q_out=q_out, k_out=k_out)
+    return q_out, k_out, v
 
 
 def _stripped(saved: Saved) -> Saved:
@@ -97,19 +96,19 @@ def _stripped(saved: Saved) -> Saved:
 
 def attend(attention: Attention, batch: Batch, packed: Tensor) -> tuple[Tensor, Tensor | None, tuple[Saved, ...]]:
     """(attention's output [B, T, H, D], its log-sum-exp, the rest of what its backward wants for each group of heads)."""
-    whole, stripped = None, []
-    lses: list[Tensor] = []
-    for group, (q, k, v) in _rotated(attention, batch, packed):
-        saved = ops.attention_forward(q, k, v, group.attention, batch)
-        if group.attention.heads == attention.heads:
-            return saved.out, saved.lse, (_stripped(saved),)
-        if whole is None:
-            whole = saved.out.new_empty(batch.rows, batch.tokens, attention.heads, attention.head_dim)
+    groups = head_groups(attention, batch)
+    if len(groups) == 1:
+        saved = ops.attention_forward(*_rotated(attention, batch, packed, groups[0]), attention, batch)
+        return saved.out, saved.lse, (_stripped(saved),)
+    whole = packed.new_empty(batch.rows, batch.tokens, attention.heads, attention.head_dim)
+
+    def attend_group(group: HeadGroup) -> tuple[Tensor | None, Saved]:
+        saved = ops.attention_forward(*_rotated(attention, batch, packed, group), group.attention, batch)
         whole[:, :, group.q] = saved.out
-        lses += [] if saved.lse is None else [saved.lse]
-        stripped.append(_stripped(saved))
-    assert whole is not None, "attention without heads"
-    return whole, torch.stack(lses) if lses else None, tuple(stripped)
+        return saved.lse, _stripped(saved)
+
+    lses, stripped = zip(*map(attend_group, groups))
+    return whole, None if lses[0] is None else torch.stack(lses), stripped
 
 
 def without_graphs(attention: tuple[Saved, ...]) -> tuple[Saved, ...]:
@@ -153,27 +152,38 @@ def inner_backward(attention: Attention, batch: Batch, kept: Kept, da: Roomy, gr
     """
     width, rank = _width(attention), attention.qkv.rank
     dpacked = Roomy.over(kept.qkv, width, rank) if in_place else Roomy(batch.n, width, rank, like=kept.qkv)
-    raw, into = _heads(attention, batch, kept.qkv), _heads(attention, batch, dpacked.buffer)
-    dsinks = []
-    for index, (group, turned) in enumerate(_rotated(attention, batch, kept.qkv)):
-        own, columns = group.attention, slice(group.q.start * attention.head_dim, group.q.stop * attention.head_dim)
-        dattended = attention.out.backward_columns(da, columns).view(batch.rows, batch.tokens, own.heads, own.head_dim)
-        dq, dk, dv, *dsink = ops.attention_backward(dattended, _saved_for(kept, index, group, turned, batch))
-        dsinks += dsink
-        # Groups go to their columns by way of a block of their own, and so does what a norm's backward still reads while it writes.
-        direct = own.heads == attention.heads and not (in_place and attention.norms())
-        block = dpacked.data if direct else dq.new_empty(batch.n, _width(own))
-        q_raw, k_raw = raw[0][:, :, group.q], raw[1][:, :, group.k]
-        dws = turn_back(own, batch, dq, dk, dv, q_raw, k_raw, out=block)
-        for norm, dw in zip((attention.q_norm, attention.k_norm), dws):
-            if norm is not None and dw is not None and norm.weight.requires_grad:
-                add_grad(grads, norm.weight, dw)
-        if not direct:
-            for whole, part, place in zip(into, _heads(own, batch, block), (group.q, group.k, group.k)):
-                whole[:, :, place] = part
-    if attention.sinks is not None and attention.sinks.requires_grad:
-        add_grad(grads, attention.sinks, torch.cat(dsinks))
+    groups = head_groups(attention, batch)
+    for index, group in enumerate(groups):
+        # A function of its own: what one group needs is gone before the next begins.
+        _group_backward(attention, batch, kept, da, grads, dpacked, (index, group), direct=len(groups) == 1)
     return dpacked
+
+
+def _group_backward(
+    attention: Attention, batch: Batch, kept: Kept, da: Roomy, grads: Grads, dpacked: Roomy, which: tuple[int, HeadGroup], *, direct: bool
+) -> None:
+    index, group = which
+    own, columns = group.attention, slice(group.q.start * attention.head_dim, group.q.stop * attention.head_dim)
+    saved = _saved_for(kept, index, group, _rotated(attention, batch, kept.qkv, group), batch)
+    dattended = attention.out.backward_columns(da, columns).view(batch.rows, batch.tokens, own.heads, own.head_dim)
+    dq, dk, dv, *dsinks = ops.attention_backward(dattended, saved)
+    del dattended, saved
+    # A group goes to its columns by way of a block of its own, and so does what a norm's backward still reads while it writes.
+    direct = direct and not (attention.norms() and dpacked.buffer is kept.qkv)
+    block = dpacked.data if direct else dq.new_empty(batch.n, _width(own))
+    q_raw, k_raw, _ = (part[:, :, place] for part, place in zip(_heads(attention, batch, kept.qkv), (group.q, group.k, group.k)))
+    dws = turn_back(own, batch, dq, dk, dv, q_raw, k_raw, out=block)
+    for norm, dw in zip((attention.q_norm, attention.k_norm), dws):
+        if norm is not None and dw is not None and norm.weight.requires_grad:
+            add_grad(grads, norm.weight, dw)
+    if attention.sinks is not None and attention.sinks.requires_grad:
+        whole = torch.zeros_like(attention.sinks, dtype=dsinks[0].dtype)
+        whole[group.q] = dsinks[0]
+        add_grad(grads, attention.sinks, whole)
+    if not direct:
+        into = _heads(attention, batch, dpacked.buffer)
+        for columns_of, part, place in zip(into, _heads(own, batch, block), (group.q, group.k, group.k)):
+            columns_of[:, :, place] = part
 
 
 def _saved_for(kept: Kept, index: int, group: HeadGroup, turned: tuple[Tensor, Tensor, Tensor], batch: Batch) -> Saved:

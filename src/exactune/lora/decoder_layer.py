@@ -6,9 +6,9 @@ Forward, with N tokens and room for the adapters' ranks behind every activation 
     s  = x + a,  sn = norm(s)     g, u = sn Wᵀ + P (sB)ᵀ           h = act(g) ∘ u        y = s + h Wᵀ + P (sB)ᵀ
 
 Kept for the backward: what is dear to compute again (the inputs of attention, its output and log-sum-exp, g and u, s, and each P,
-which is only R wide); xn, sn and h are cheap and never kept. A policy (`keeping`) has some of it made again or sent to host memory.
-Everything but attention itself goes over tiles of the rows (`Batch.tiles`, one tile unless told otherwise), so that g, u and their
-gradients exist a tile at a time.
+which is only R wide); xn, sn and h are cheap and never kept. A policy (`exactune.memory.policy`) has some of it made again or sent to
+host memory. Everything but attention itself goes over tiles of the rows (`Batch.tiles`, one tile unless told otherwise), so that g, u
+and their gradients exist a tile at a time.
 
 The adapters' gradients need xn only through P'ᵀ xn, which the norm's saved 1/rms turns into a product with x itself (`group.NormedInput`).
 What was made again, or fetched, belongs to this backward alone: its memory takes the gradients.
@@ -23,9 +23,10 @@ from torch import Tensor
 
 from exactune.lora import attention_part, mlp_part, ops
 from exactune.lora.group import Grads, NormedInput, Roomy, add_grad, filled_once
-from exactune.lora.keeping import LEANEST, Luggage, Policy, Store, carrying
 from exactune.lora.kept import AFTER_ATTENTION, DROPPED, TENSORS, Kept
 from exactune.lora.parts import Batch, Layer, Norm
+from exactune.memory.offload import HostStore, Luggage
+from exactune.memory.policy import LEANEST, Policy
 
 
 def forward(layer: Layer, batch: Batch, x: Tensor, policy: Policy) -> tuple[Tensor, Kept]:
@@ -33,20 +34,24 @@ def forward(layer: Layer, batch: Batch, x: Tensor, policy: Policy) -> tuple[Tens
     kept = Kept(x=x)
     _attention_inputs(layer, batch, kept)
     _attend(layer, batch, kept, policy)
-    flat = _flat(layer, kept)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    stays = [name for name in AFTER_ATTENTION if name not in policy.dropped]
     with filled_once(layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
         for rows in batch.tiles():
-            tile = kept.tile(rows)
-            sn = _between(layer, tile, flat[rows])
-            m, tile.gate_up, tile.p_gate_up, tile.p_down = mlp_part.forward(layer.mlp, sn)
-            if layer.post_mlp_norm is not None:
-                tile.m, (m, tile.rstd_m) = m, ops.rms_norm_forward(m, layer.post_mlp_norm)
-            torch.add(tile.s, m, out=y[rows])
-            kept.take(rows, tile, stays)
+            # A function of its own: what one tile needs is gone before the next begins.
+            _tile_forward(layer, kept, policy, rows, y)
     kept.drop(policy.dropped)
     return y, kept
+
+
+def _tile_forward(layer: Layer, kept: Kept, policy: Policy, rows: slice, y: Tensor) -> None:
+    """The rows of y from attention's output on."""
+    tile = kept.tile(rows)
+    sn = _between(layer, tile, _flat(layer, kept)[rows])
+    m, tile.gate_up, tile.p_gate_up, tile.p_down = mlp_part.forward(layer.mlp, sn)
+    if layer.post_mlp_norm is not None:
+        tile.m, (m, tile.rstd_m) = m, ops.rms_norm_forward(m, layer.post_mlp_norm)
+    torch.add(tile.s, m, out=y[rows])
+    kept.take(rows, tile, [name for name in AFTER_ATTENTION if name not in policy.dropped])
 
 
 def _attention_inputs(layer: Layer, batch: Batch, kept: Kept) -> None:
@@ -142,26 +147,29 @@ def backward(layer: Layer, batch: Batch, kept: Kept, policy: Policy, dy: Tensor,
 
 def _after_attention_backward(layer: Layer, batch: Batch, kept: Kept, policy: Policy, dy: Roomy, ds: Roomy, grads: Grads) -> Roomy:
     """Fill `ds` from dy, tile by tile, back to attention's output; returns da with P' of the output projection in its room."""
-    attention, mlp = layer.attention, layer.mlp
-    flat = _flat(layer, kept)
-    da = ds.tile(slice(0, batch.n), attention.out.rank)
+    da = ds.tile(slice(0, batch.n), layer.attention.out.rank)
     if layer.post_attention_norm is not None:
-        da = Roomy.shaped_as(kept.x, attention.out.rank)
+        da = Roomy.shaped_as(kept.x, layer.attention.out.rank)
     for rows in batch.tiles():
-        tile = kept.tile(rows)
-        _made_again(layer, tile, flat[rows])
-        dm = dy.tile(rows, mlp.down.rank)
-        if layer.post_mlp_norm is not None:
-            dm = Roomy.shaped_as(tile.x, mlp.down.rank)
-            _norm_backward(layer.post_mlp_norm, dy.data[rows], tile.m, tile.rstd_m, grads, out=dm.data)
-        sn = NormedInput(tile.s, tile.rstd_mlp, layer.mlp_norm)
-        dsn = mlp_part.backward(mlp, sn, tile, dm, grads, in_place=policy.frees("gate_up"))
-        ds_rows = ds.data[rows]
-        _norm_backward(layer.mlp_norm, dsn, tile.s, tile.rstd_mlp, grads, dres=dy.data[rows], out=ds_rows)
-        if layer.post_attention_norm is not None:
-            _norm_backward(layer.post_attention_norm, ds_rows, tile.a, tile.rstd_a, grads, out=da.data[rows])
-        attention_part.output_backward(attention, flat[rows], tile.p_out, da.tile(rows), grads)
+        _tile_backward(layer, kept, policy, rows, (dy.tile(rows), ds.tile(rows), da.tile(rows)), grads)
     return da
+
+
+def _tile_backward(layer: Layer, kept: Kept, policy: Policy, rows: slice, gradients: tuple[Roomy, Roomy, Roomy], grads: Grads) -> None:
+    """Fill the rows of ds and da from those of dy."""
+    dy, ds, da = gradients
+    tile, flat, mlp = kept.tile(rows), _flat(layer, kept)[rows], layer.mlp
+    _made_again(layer, tile, flat)
+    dm = Roomy.over(dy.buffer, dy.width, mlp.down.rank)
+    if layer.post_mlp_norm is not None:
+        dm = Roomy.shaped_as(tile.x, mlp.down.rank)
+        _norm_backward(layer.post_mlp_norm, dy.data, tile.m, tile.rstd_m, grads, out=dm.data)
+    sn = NormedInput(tile.s, tile.rstd_mlp, layer.mlp_norm)
+    dsn = mlp_part.backward(mlp, sn, tile, dm, grads, in_place=policy.frees("gate_up"))
+    _norm_backward(layer.mlp_norm, dsn, tile.s, tile.rstd_mlp, grads, dres=dy.data, out=ds.data)
+    if layer.post_attention_norm is not None:
+        _norm_backward(layer.post_attention_norm, ds.data, tile.a, tile.rstd_a, grads, out=da.data)
+    attention_part.output_backward(layer.attention, flat, tile.p_out, da, grads)
 
 
 def _inputs_backward(layer: Layer, batch: Batch, kept: Kept, dpacked: Roomy, ds: Roomy, dx: Roomy | None, grads: Grads) -> None:
@@ -210,12 +218,14 @@ def _as(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
     return None if grad is None else grad.to(parameter.dtype)
 
 
-def run_layer(layer: Layer, batch: Batch, x: Tensor, policy: Policy, store: Store | None = None) -> Tensor:
+def run_layer(layer: Layer, batch: Batch, x: Tensor, policy: Policy, store: HostStore | None = None) -> Tensor:
     """y [N, E] of x [N, E] for autograd, keeping what `policy` says; what it sends away goes to `store`."""
     if not torch.is_grad_enabled():
         policy = LEANEST
-    if policy.offload != "nothing" and store is None:
+    if policy.offload == "nothing":
+        return DecoderLayerFunction.apply(layer, batch, policy, None, x, *parameters(layer))
+    if store is None:
         raise ValueError(f"the policy {policy.name} sends tensors away and there is no store for them")
-    luggage = Luggage() if policy.offload != "nothing" else None
-    with carrying(store, luggage):
+    luggage = Luggage()
+    with store.carrying(luggage):
         return DecoderLayerFunction.apply(layer, batch, policy, luggage, x, *parameters(layer))

@@ -61,6 +61,7 @@ def backward(mlp: Mlp, sn: Tensor | NormedInput, kept: Kept, dm: Roomy, grads: G
     else:
         db = None
         _activation_backward(mlp, kept, dh, dm, dgu, grads)
+    del dh  # [N, F], before another product is formed
     dsn = mlp.gate_up.backward_input(dgu)
     mlp.gate_up.record(grads, dgu.data, kept.p_gate_up, dgu.room, sn, db=db)
     return dsn

@@ -17,6 +17,7 @@ from torch import Tensor
 from exactune.kernels.reference.gated import GateKind
 from exactune.kernels.reference.norm import NormCast
 from exactune.lora.group import Group, Roomy
+from exactune.memory.policy import WHOLE, Tiling
 
 NormPlace = Literal["heads", "rows", "turned"]  # of q's and k's norms, see `rotation`
 
@@ -123,18 +124,6 @@ class Layer:
         return [n for n in found if n is not None]
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How much of a layer is worked on at a time, so that a long context's widest activations never exist whole.
-
-    tokens: rows through the MLP and the projections; kv_heads: key/value heads, with their queries, through attention. None: all.
-    Part of what is computed, not of what is kept: sums over tiles round differently from sums over everything.
-    """
-
-    tokens: int | None = None
-    kv_heads: int | None = None
-
-
 @dataclass
 class Batch:
     """What one forward pass of the model shares between its layers.
@@ -150,7 +139,7 @@ class Batch:
     max_seqlen: int | None = None
     deterministic: bool = False
     handed: Roomy | None = None  # the gradient that one layer's backward passes to the next, in its buffer with room
-    tiling: Tiling = Tiling()
+    tiling: Tiling = WHOLE
 
     @property
     def n(self) -> int:

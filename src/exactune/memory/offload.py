@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -121,6 +122,13 @@ class _Seat:
         return self.trip.here.pop(self.index)
 
 
+@dataclass
+class Luggage:
+    """The tensors of one layer's pass that are to wait in host memory; filled at the end of its forward."""
+
+    tensors: list[Tensor] = field(default_factory=list)
+
+
 class HostStore:
     """Sends tensors of `device` to host memory and back; one for a model. `ahead=False` saves the memory of the trips on their way:
     each copy is waited for, and none starts before it is needed."""
@@ -133,7 +141,7 @@ class HostStore:
         self._last: weakref.ref[Trip] | Any = lambda: None
 
     @contextlib.contextmanager
-    def carrying(self, luggage: Any) -> Iterator[None]:
+    def carrying(self, luggage: Luggage) -> Iterator[None]:
         """Of the tensors that autograd saves inside, those in `luggage.tensors` (filled by then) are sent away."""
         trip: Trip | None = None
         seats: dict[int, int] = {}

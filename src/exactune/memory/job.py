@@ -1,0 +1,111 @@
+"""What is to be trained, in which formats: all that decides a step's bytes beside the model's shape and the batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from exactune.errors import ConfigError
+from exactune.memory.shape import Shape
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj")
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # packed; a byte a block of 64; a float32 a block of 256 blocks
+
+# Bytes a trained weight: state on the device, state on the host.
+OPTIMIZERS: dict[str, tuple[float, float]] = {
+    "adamw_torch": (8, 0),
+    "adamw_torch_fused": (8, 0),
+    "adamw_8bit": (2 + 8 / 256, 0),
+    "adamw_bnb_8bit": (2 + 8 / 256, 0),
+    "paged_adamw_32bit": (0, 8),
+    "paged_adamw": (0, 8),
+    "paged_adamw_8bit": (0, 2 + 8 / 256),
+    "sgd": (0, 0),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """`bits` are those of the frozen (or, in full fine-tuning, trained) projections; `width` the bytes of every activation."""
+
+    bits: Literal[4, 16, 32] = 16
+    r: int = 16
+    targets: tuple[str, ...] = LORA_TARGETS
+    full: bool = False
+    optim: str = "adamw_torch"
+    in_backward: bool = False  # each parameter is updated and its gradient freed as soon as that is known
+    accumulates: bool = False  # gradients of earlier passes are there while this one runs
+    packed: bool = False
+    deterministic: bool = False
+    gpu: bool = True  # False: the reference path on a CPU, whose attention keeps no log-sum-exp
+
+    def __post_init__(self) -> None:
+        if self.optim not in OPTIMIZERS:
+            raise ConfigError(f"The memory of the optimizer {self.optim!r} is not known.", f"Plan with one of {', '.join(OPTIMIZERS)}.")
+        if self.full and self.bits == 4:
+            raise ConfigError("4-bit weights cannot be trained whole.", "Plan with 16 bits, or with adapters.")
+
+    @property
+    def width(self) -> int:
+        return 4 if self.bits == 32 else 2
+
+    def rank(self, shape: Shape, group: str) -> int:
+        """Ranks of a group's adapters together, padded as the extended matrices are."""
+        if self.full:
+            return 0
+        return padded(self.r * sum(name in self.targets for name, _, _ in shape.projections[group]))
+
+    def adapter_weights(self, shape: Shape) -> int:
+        if self.full:
+            return 0
+        parts = (part for parts in shape.projections.values() for part in parts)
+        return shape.layers * sum(self.r * (outputs + inputs) for name, outputs, inputs in parts if name in self.targets)
+
+    def trained(self, shape: Shape) -> int:
+        return shape.parameters if self.full else self.adapter_weights(shape)
+
+    def matrix_bytes(self, shape: Shape, group: str) -> int:
+        """The extended matrix of a group: weights with room for the adapters."""
+        outputs, inputs = shape.groups[group]
+        rank = self.rank(shape, group)
+        return (outputs + rank) * (inputs + rank) * self.width
+
+    def weights(self, shape: Shape) -> int:
+        """The base model on the device."""
+        if self.bits == 4:
+            linear = math.ceil(shape.linear_weights * NF4_BYTES)
+        else:
+            linear = sum(self.matrix_bytes(shape, group) for group in shape.groups)
+        return shape.layers * linear + shape.other_weights * self.width
+
+    def scratch(self, shape: Shape) -> int:
+        """Unpacked 4-bit weights, one buffer a group for all layers."""
+        return sum(self.matrix_bytes(shape, group) for group in shape.groups) if self.bits == 4 else 0
+
+    def adapters(self, shape: Shape) -> int:
+        return 4 * self.adapter_weights(shape)
+
+    def gradient_width(self) -> int:
+        return self.width if self.full else 4
+
+    def gradients(self, shape: Shape) -> int:
+        """Gradients of everything trained; one weight's at a time where the optimizer steps in the backward."""
+        if self.in_backward:
+            return self.gradient_width() * max(shape.vocabulary * shape.hidden, shape.inner * shape.hidden)
+        return self.gradient_width() * self.trained(shape)
+
+    def optimizer(self, shape: Shape) -> int:
+        return math.ceil(OPTIMIZERS[self.optim][0] * self.trained(shape) * self._state_share())
+
+    def optimizer_host(self, shape: Shape) -> int:
+        return math.ceil(OPTIMIZERS[self.optim][1] * self.trained(shape) * self._state_share())
+
+    def _state_share(self) -> float:
+        """torch's optimizers hold their state in the parameter's own format, bitsandbytes' in theirs."""
+        return self.width / 4 if self.full and "torch" in self.optim else 1.0
+
+
+def padded(rank: int) -> int:
+    """The rule of `exactune.lora.stacked`."""
+    return -(-rank // 8) * 8

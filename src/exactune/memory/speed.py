@@ -1,0 +1,63 @@
+"""How long a step takes under each mix of policies, relative to keeping everything.
+
+A roofline of two numbers: operations a second of large matrix products, and bytes a second between device and host. Copies hide behind
+the layers' own work; what does not fit there is waited for, and what is brought back slows the products beside it a little.
+The numbers are an H200's (`bench/NOTES.md`), whose products are fast beside its link: elsewhere offloading costs no more than this says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from exactune.memory.activations import travelling
+from exactune.memory.phases import Step
+from exactune.memory.policy import Policy
+
+OPERATIONS = 5.8e14  # a second, in the products of a training step
+ATTENTION = 0.6  # of that rate
+LINK = 5.0e10  # bytes a second each way, pinned
+BESIDE = 1e-12  # seconds that each byte brought back costs the products beside it
+TILES = 1.01  # a step in tiles, relative to one without: shorter products
+
+
+def step_seconds(step: Step, policies: Sequence[Policy]) -> float:
+    """Predicted seconds of a step's forward and backward pass."""
+    forward, backward = _layer_seconds(step)
+    head = 4 * step.n * step.shape.vocabulary * step.shape.hidden / OPERATIONS
+    computed, brought = head, 0.0
+    out_left = back_left = 0.0
+    for policy in policies:
+        again = _again_seconds(step, policy)
+        computed += forward + backward + again
+        moved = sum(travelling(step.shape, step.job, policy, step.n).values())
+        brought += moved
+        if step.ahead:
+            out_left += moved / LINK - forward
+            back_left += moved / LINK - backward - again
+        else:
+            out_left += moved / LINK
+            back_left += moved / LINK
+    waited = max(0.0, out_left) + max(0.0, back_left)
+    return computed * (TILES if step.tiled else 1.0) + waited + brought * BESIDE
+
+
+def _layer_seconds(step: Step) -> tuple[float, float]:
+    shape = step.shape
+    products = 2 * step.n * shape.linear_weights
+    attention = _attention_operations(step) / ATTENTION
+    weights = products if step.job.full else 0
+    return (products + attention) / OPERATIONS, (products + weights + 2.5 * attention) / OPERATIONS
+
+
+def _attention_operations(step: Step) -> float:
+    """Of a causal forward; packed rows are shorter, and are counted as whole ones."""
+    return 2 * step.n * step.tokens * step.shape.q_width
+
+
+def _again_seconds(step: Step, policy: Policy) -> float:
+    made = {"gate_up": "gate_up", "qkv": "qkv", "s": "out"}
+    groups = [step.shape.groups[group] for name, group in made.items() if name in policy.dropped]
+    operations = sum(2.0 * step.n * outputs * inputs for outputs, inputs in groups)
+    if "attended" in policy.dropped:
+        operations += _attention_operations(step) / ATTENTION
+    return operations / OPERATIONS

@@ -1,0 +1,127 @@
+"""The planner's bytes are those that the layer really holds, for every policy: counted on its own saved tensors."""
+
+import pytest
+import torch
+from memory_layers import batch_of, fused_layers, run
+
+from exactune.kernels.head import chunk_rows as rule_of_the_head
+from exactune.lora.group import roomy_width
+from exactune.lora.kept import TENSORS
+from exactune.lora.stacked import padded as rule_of_the_ranks
+from exactune.memory import job as jobs
+from exactune.memory import phases
+from exactune.memory.activations import kept_tensors, on_device, on_host, roomy, travelling
+from exactune.memory.job import Job
+from exactune.memory.offload import HostStore
+from exactune.memory.pieces import host_bytes
+from exactune.memory.policy import STAYS, Tiling, policies
+from exactune.memory.shape import Shape
+from families import four_bit_model, tiny_model
+
+SIZES = {
+    "llama": {},
+    "qwen2": {"num_attention_heads": 8, "intermediate_size": 200},
+    "qwen3": {"head_dim": 32},
+    "gemma2": {"num_key_value_heads": 4},
+    "phi3": {"intermediate_size": 176},
+}
+
+
+class CountingStore(HostStore):
+    sent = 0
+    buffers = 0
+
+    def send(self, tensors):
+        self.sent += sum(t.numel() * t.element_size() for t in tensors)
+        self.buffers += sum(host_bytes(t.numel() * t.element_size()) for t in tensors)
+        return super().send(tensors)
+
+
+def held_bytes(y, store):
+    """Bytes of the distinct storages that the layer's node holds, less those that wait on the host."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in y.grad_fn.saved_tensors if t is not None}
+    return sum(storages.values()) - store.sent
+
+
+@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize("r", [4, 13, None])
+def test_the_formula_is_what_the_layer_keeps(family, r):
+    model, layers = fused_layers(family, r, **SIZES[family])
+    shape = Shape.of(model.config)
+    job = Job(bits=32, r=r or 1, full=r is None, gpu=False)
+    for rows, tokens in ((2, 50), (1, 129)):
+        for name, policy in policies().items():
+            x = torch.randn(rows * tokens, shape.hidden, requires_grad=True)
+            store = CountingStore(torch.device("cpu"))
+            y = run(layers[:1], batch_of(model.config, rows, tokens, Tiling()), x, [policy], store)
+            assert store.sent == sum(travelling(shape, job, policy, rows * tokens).values()), name
+            assert store.buffers == on_host(shape, job, policy, rows * tokens), name
+            assert held_bytes(y, store) == on_device(shape, job, policy, rows * tokens), name
+
+
+@pytest.mark.parametrize("tiling", [Tiling(tokens=48), Tiling(tokens=48, kv_heads=1)], ids=str)
+def test_tiles_leave_the_same_behind(tiling):
+    model, layers = fused_layers("llama")
+    shape, job = Shape.of(model.config), Job(bits=32, r=4, gpu=False)
+    for name, policy in policies().items():
+        x = torch.randn(130, shape.hidden, requires_grad=True)
+        store = CountingStore(torch.device("cpu"))
+        y = run(layers[:1], batch_of(model.config, 1, 130, tiling), x, [policy], store)
+        assert held_bytes(y, store) == on_device(shape, job, policy, 130), name
+
+
+def test_adapters_on_some_projections():
+    shape = Shape.of(tiny_model("llama").config)
+    job = Job(bits=32, r=4, targets=("q_proj", "v_proj", "down_proj"), gpu=False)
+    names = set(kept_tensors(shape, job, 8))
+    assert names <= set(TENSORS) and set(STAYS) <= set(TENSORS)
+    assert job.rank(shape, "qkv") == 8 and job.rank(shape, "gate_up") == 0 and job.rank(shape, "down") == 8
+
+
+def test_the_rules_of_other_parts_are_the_ones_counted_with():
+    for rows in (1, 63, 2048, 8192, 81920, 262144):
+        for vocabulary in (320, 32000, 128256, 262144):
+            for width in (2, 4):
+                assert phases.chunk_rows(rows, vocabulary, width) == rule_of_the_head(rows, vocabulary, width)
+    for width in (64, 100, 6144):
+        for room in (0, 8, 24, 96):
+            assert roomy(width, room) == roomy_width(width, room)
+    assert all(jobs.padded(rank) == rule_of_the_ranks(rank) for rank in range(70))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_counted_from_the_config_alone(family, tied):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from families import BASE, OVERRIDES
+
+    config = AutoConfig.for_model(family, **{**BASE, **OVERRIDES[family], "tie_word_embeddings": tied})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert Shape.of(config).parameters == model.num_parameters()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+@pytest.mark.parametrize("r", [4, 11])
+def test_adapters_weights_and_gradients(family, r):
+    model, _ = fused_layers(family, r)
+    shape, job = Shape.of(model.config), Job(bits=32, r=r)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert job.adapter_weights(shape) == sum(p.numel() for p in trained)
+    linears = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters() if not p.requires_grad}
+    assert job.weights(shape) == sum(linears.values())
+
+
+def test_four_bit_weights(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="4-bit weights are bitsandbytes'")
+    model = four_bit_model(tmp_path)
+    shape, job = Shape.of(model.config), Job(bits=4, r=4)
+    packed = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            packed += parameter.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    counted = shape.layers * round(shape.linear_weights * jobs.NF4_BYTES)
+    assert counted == pytest.approx(packed, rel=0.01)
+    assert job.weights(shape) == counted + 2 * shape.other_weights
