@@ -52,6 +52,13 @@ def rows(module: str = "") -> list[Aot]:
     return [row for name in names for row in getattr(importlib.import_module(f"exactune.kernels.{name}"), "AOT", [])]
 
 
+def meant_for(row: Aot, target: int | str) -> bool:
+    """Whether a host would launch this configuration on that GPU."""
+    if row.targets:
+        return target in row.targets
+    return not isinstance(target, int) or target >= row.min_arch
+
+
 def ptxas_report(ptx: str, arch: int) -> tuple[int, int]:
     """(registers, spilled bytes) that ptxas reports for one PTX module."""
     from triton.backends.nvidia.compiler import get_ptxas
@@ -113,7 +120,7 @@ def main() -> int:
     parser.add_argument("--targets", type=lambda text: [int(t) if t.isdigit() else t for t in text.split(",")], default=[*NVIDIA, *AMD])
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     args = parser.parse_args()
-    results = [compile_one(row, t) for row in rows(args.module) for t in args.targets if not isinstance(t, int) or t >= row.min_arch]
+    results = [compile_one(row, t) for row in rows(args.module) for t in args.targets if meant_for(row, t)]
     print(json.dumps([asdict(r) | {"fits": r.fits} for r in results]) if args.json else table(results))
     for result in results:
         if result.error:

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from exactune.kernels import attention as module
-from exactune.kernels.attention import Attention, attention, attention_backward, attention_forward, attention_interface, choose_backend
+from exactune.kernels.attention import Attention, attention, attention_backward, attention_forward, attention_interface
 from exactune.kernels.attention_backends import Call
+from exactune.kernels.attention_choice import Question, backend_for
 from exactune.kernels.reference import attention as reference
-from parity import assert_parity
+from parity import RATIO, assert_parity, floor_of
 
 OPTIONS = {
     "causal": {},
@@ -84,37 +84,6 @@ def test_forward_and_backward_apart(device):
         torch.testing.assert_close(own, stock_grad, rtol=1e-4, atol=1e-4)
 
 
-def test_sinks_from_a_backend_without_them(device, dtype, monkeypatch):
-    """The identity that gives every backend sinks, on a stand-in that returns out and lse as the operators do."""
-    from exactune.kernels import attention_backends as backends
-
-    def logits(q, k):
-        times = q.shape[2] // k.shape[2]
-        z = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float().repeat_interleave(times, 2)) * q.shape[-1] ** -0.5
-        return z.masked_fill(torch.ones(z.shape[-2:], dtype=torch.bool, device=z.device).triu(1), -torch.inf)
-
-    def forward(q, k, v, call):
-        z = logits(q, k)
-        out = torch.einsum("bhqk,bkhd->bqhd", z.softmax(-1), v.float().repeat_interleave(q.shape[2] // v.shape[2], 2))
-        return backends.Saved("stand-in", call, q, k, v, out.to(q.dtype), z.logsumexp(-1))
-
-    def backward(dout, saved):
-        q, k, v = (t.float() for t in saved.inputs())
-        times, scale = q.shape[2] // k.shape[2], q.shape[-1] ** -0.5
-        p = torch.exp(logits(q, k) - saved.lse.unsqueeze(-1))
-        delta = (dout.float() * saved.out.float()).sum(-1).transpose(1, 2).unsqueeze(-1)
-        ds = p * (torch.einsum("bqhd,bkhd->bhqk", dout.float(), v.repeat_interleave(times, 2)) - delta) * scale
-        dq = torch.einsum("bhqk,bkhd->bqhd", ds, k.repeat_interleave(times, 2))
-        dk = torch.einsum("bhqk,bqhd->bkhd", ds, q).unflatten(2, (-1, times)).sum(3)
-        dv = torch.einsum("bhqk,bqhd->bkhd", p, dout.float()).unflatten(2, (-1, times)).sum(3)
-        return tuple(g.to(dout.dtype) for g in (dq, dk, dv))
-
-    monkeypatch.setitem(module.FORWARD, "stand-in", forward)
-    monkeypatch.setitem(module.BACKWARD, "stand-in", backward)
-    fast = lambda **tensors: attention(**tensors, backend="stand-in")  # noqa: E731
-    assert_parity(fast, plain({}), inputs(H=96, K=12, D=8, sinks=True), dtype=dtype, device=device)
-
-
 def test_packed_rows_need_their_longest():
     with pytest.raises(ValueError, match="max_seqlen"):
         attention_forward(*inputs().values(), cu_seqlens=torch.tensor([0, 26], dtype=torch.int32))
@@ -148,79 +117,96 @@ def test_as_a_transformers_interface(device):
         attention_interface(layer, q, k, v, mask, scaling=0.25, softcap=3.0)
 
 
+def test_sinks_are_not_left_out_in_silence():
+    with pytest.raises(ValueError, match="no sinks"):
+        attention_forward(**{n: t.detach() for n, t in inputs(sinks=True).items()}, backend="flash")
+
+
+HOPPER, AMPERE, TURING = (9, 0), (8, 0), (7, 5)
+PACKED = Call(cu_seqlens=torch.tensor([0, 26], dtype=torch.int32), max_seqlen=26)
+
+
+@pytest.mark.parametrize(
+    ("expected", "capability", "call", "changes"),
+    [
+        ("plain", (0, 0), Call(), {}),
+        ("cudnn", HOPPER, Call(), {}),
+        ("cudnn", HOPPER, Call(causal=False), {}),
+        ("flash", HOPPER, Call(), {"D": 256, "DV": 256}),
+        ("flash", HOPPER, PACKED, {}),
+        ("flash", AMPERE, Call(), {}),
+        ("triton", HOPPER, Call(deterministic=True), {}),
+        ("triton", AMPERE, replace(PACKED, deterministic=True), {}),
+        ("triton", HOPPER, Call(window=64), {}),
+        ("triton", HOPPER, Call(softcap=50.0), {}),
+        ("triton", HOPPER, Call(), {"sinks": True}),
+        ("triton", HOPPER, Call(), {"D": 192}),
+        ("triton", HOPPER, Call(softcap=50.0), {"dtype": torch.float32}),
+        ("triton", TURING, Call(softcap=50.0), {"dtype": torch.float16}),
+        ("efficient", HOPPER, Call(), {"dtype": torch.float32}),
+        ("efficient", TURING, PACKED, {"dtype": torch.float16}),
+        ("plain", HOPPER, Call(), {"dtype": torch.float64}),
+        ("plain", AMPERE, Call(softcap=50.0), {"D": 512, "DV": 512}),
+    ],
+)
+def test_the_table(monkeypatch, expected, capability, call, changes):
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    question = Question(capability, torch.bfloat16, 128, 128, 2048, call, False)
+    assert backend_for(replace(question, **changes)) == expected
+
+
 gpu = pytest.mark.gpu
 REAL = {
     "whole rows": {},
     "not causal": {"causal": False},
-    "window": {"window": 300},
     "packed": {"cu_seqlens": [0, 1000, 1001, 1500, 2048], "max_seqlen": 1000},
-    "packed window": {"cu_seqlens": [0, 1000, 1001, 1500, 2048], "max_seqlen": 1000, "window": 128},
-    "softcap": {"softcap": 20.0},
 }
 
 
-def can(backend, options, sinks):
-    """What each backend is for; the rule never asks for more."""
-    packed, window = "cu_seqlens" in options, "window" in options
-    if backend == "cudnn":
-        return not (packed or window or sinks or "softcap" in options)
-    return backend == "flex" if "softcap" in options else True
-
-
 @gpu
-@pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient", "flex"])
-@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient"])
 @pytest.mark.parametrize("options", REAL.values(), ids=REAL)
 @pytest.mark.parametrize("dim", [64, 128])
-def test_backends_on_a_gpu(backend, options, sinks, dim):
-    if not can(backend, options, sinks):
-        pytest.skip(f"{backend} does not do this")
+def test_torch_backends_on_a_gpu(backend, options, dim):
+    """What the table gives them. Flash's dq differs from run to run, so this is not `assert_parity`, which asks for the same bits."""
+    if backend == "cudnn" and "cu_seqlens" in options:
+        pytest.skip("cuDNN is never given packed rows")
     options = on("cuda", options)
-    names = ["out", "dq", "dk", "dv"] + ["dsinks"] * sinks
-    tensors = {n: t.detach().cuda().bfloat16() for n, t in inputs(2, 1024, 8, 2, dim, sinks=sinks).items()}
+    tensors = {n: t.detach().cuda().bfloat16() for n, t in inputs(2, 1024, 8, 2, dim).items()}
     dout = torch.randn(2, 1024, 8, dim, device="cuda").bfloat16()
 
     def by_reference(dtype):
         leaves = {n: t.to(dtype).requires_grad_() for n, t in tensors.items()}
-        out = reference.attention(**leaves, **{n: o for n, o in options.items() if n != "max_seqlen"})
+        out = plain(options)(**leaves)
         return [out.detach(), *torch.autograd.grad(out, leaves.values(), dout.to(dtype))]
 
     out, saved = attention_forward(**tensors, **options, backend=backend)
     exact, stock = by_reference(torch.float64), by_reference(torch.bfloat16)
-    for name, own, plain_value, truth in zip(names, [out, *attention_backward(dout, saved)], stock, exact):
+    for name, own, plain_value, truth in zip(("out", "dq", "dk", "dv"), [out, *attention_backward(dout, saved)], stock, exact):
         error, allowed = (own.double() - truth).norm() / truth.norm(), (plain_value.double() - truth).norm() / truth.norm()
-        assert error <= 1.5 * allowed + 1e-4, f"{name}: {error:.2e}, the reference's own error is {allowed:.2e}"
+        limit = RATIO * allowed + floor_of(torch.bfloat16)
+        assert error <= limit, f"{name}: {error:.2e}, the reference's own error is {allowed:.2e}"
 
 
 @gpu
-@pytest.mark.parametrize("backend", ["flash", "efficient"])
-def test_deterministic_backward_gives_the_same_bits(backend):
-    q, k, v = (t.detach().cuda().bfloat16() for t in inputs(2, 1024, 8, 2, 128).values())
-    dout = torch.randn(2, 1024, 8, 128, device="cuda").bfloat16()
-    _, saved = attention_forward(q, k, v, deterministic=True, backend=backend)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("options", REAL.values(), ids=REAL)
+def test_deterministic_attention_gives_the_same_bits(options, dtype):
+    q, k, v = (t.detach().cuda().to(dtype) for t in inputs(2, 1024, 8, 2, 128).values())
+    dout = torch.randn(2, 1024, 8, 128, device="cuda").to(dtype)
+    _, saved = attention_forward(q, k, v, **on("cuda", options), deterministic=True)
     first = attention_backward(dout, saved)
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(first, attention_backward(dout, saved)))
-    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @gpu
-def test_the_inputs_may_be_dropped_and_set_again():
+@pytest.mark.parametrize("options", [{}, {"window": 64}], ids=["whole rows", "window"])
+def test_the_inputs_may_be_dropped_and_set_again(options):
     q, k, v = (t.detach().cuda().bfloat16() for t in inputs(1, 256, 8, 2, 64).values())
-    out, saved = attention_forward(q, k, v)
-    expected = attention_backward(torch.ones_like(out), replace(saved, call=replace(saved.call, deterministic=True)))
+    out, saved = attention_forward(q, k, v, **options)
+    expected = attention_backward(torch.ones_like(out), saved)
     light = replace(saved, q=None, k=None, v=None)
-    again = attention_backward(torch.ones_like(out), replace(light, q=q, k=k, v=v))
-    for a, b in zip(again, expected):
+    for a, b in zip(attention_backward(torch.ones_like(out), replace(light, q=q, k=k, v=v)), expected):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
-
-
-@gpu
-def test_the_rule():
-    q, k, v = (t.detach().cuda().bfloat16() for t in inputs(1, 256, 8, 2, 128).values())
-    hopper = torch.cuda.get_device_capability() >= (9, 0)
-    assert choose_backend(q, k, v, Call()) == ("cudnn" if hopper else "flash")
-    assert choose_backend(q, k, v, Call(deterministic=True)) == "flash"
-    assert choose_backend(q, k, v, Call(window=64)) == "flash"
-    assert choose_backend(q.float(), k.float(), v.float(), Call()) == "efficient"
-    assert choose_backend(q, k, v, Call(softcap=3.0)) == "flex"

@@ -1,21 +1,4 @@
-"""Attention by the fastest exact backend for the shape and the GPU; see `exactune.kernels.attention_backends` for what each can.
-
-The rule (`choose_backend`), from `bench/attention_probe.py`:
-- whole rows, 16 bits, no window: cuDNN on Hopper and later (at 1 x 16,384 tokens a step's floor is 1.27 times flash's), else flash;
-- packed rows, windows, a deterministic backward: flash;
-- float32, Turing, value heads of another width: torch's memory-efficient kernels;
-- softcap: flex. Without a GPU: the reference.
-
-Sinks need no backend of their own. A sink s is one more logit with no value, so with `lse' = log(exp(lse) + exp(s))`
-
-    out' = out * exp(lse - lse')      ds = -sum over queries of exp(s - lse') * (dout . out')
-
-and because the backward's rule dS = P (dP - dout . out') holds with P = exp(S - lse'), the backend's own backward, given out' and lse',
-is already that of dq, dk and dv.
-
-Backwards that sum with atomics (cuDNN's and flash's default) give dq in an order that varies between runs; `deterministic=True` takes one
-that does not.
-"""
+"""Attention by the fastest exact backend for the shape and the GPU: `exactune.kernels.attention_choice` has the table."""
 
 from __future__ import annotations
 
@@ -26,58 +9,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from exactune.device import has_triton
 from exactune.kernels import attention_backends as backends
 from exactune.kernels.attention_backends import Call, Saved
+from exactune.kernels.attention_choice import choose_backend
 
 FORWARD = {"flash": backends.flash_forward, "cudnn": backends.cudnn_forward, "efficient": backends.efficient_forward}
 BACKWARD = {"flash": backends.flash_backward, "cudnn": backends.cudnn_backward, "efficient": backends.efficient_backward}
-WITH_SINKS = {"flex": backends.flex_forward, "plain": backends.plain_forward}  # those differentiated by autograd
+WITH_SINKS = {"plain": backends.plain_forward}
+BACKWARD_WITH_SINKS = {"plain": backends.plain_backward}
 
+if has_triton():
+    from exactune.kernels.flash_attention import flash_attention_forward
+    from exactune.kernels.flash_attention_backward import flash_attention_backward
 
-def choose_backend(q: Tensor, k: Tensor, v: Tensor, call: Call, *, sinks: bool = False) -> str:
-    """The name of the fastest exact backend; depends on shape, dtype, options and GPU alone."""
-    if not q.is_cuda:
-        return "plain"
-    if call.softcap is not None:
-        return "flex"
-    D = q.shape[-1]
-    capability = torch.cuda.get_device_capability(q.device)
-    sixteen = q.dtype in (torch.float16, torch.bfloat16)
-    flash = sixteen and capability >= (8, 0) and D <= 256 and D % 8 == 0 and v.shape[-1] == D
-    if not flash or not torch.backends.cuda.is_flash_attention_available():
-        if call.window is not None and not call.causal:
-            return "plain"  # the efficient kernels know windows of causal attention only
-        return "efficient"
-    whole_rows = call.cu_seqlens is None and call.window is None and not sinks and q.shape[1] == k.shape[1] > 1
-    if whole_rows and not call.deterministic and D <= 128 and capability >= (9, 0) and torch.backends.cudnn.is_available():
-        return "cudnn"
-    return "flash"
-
-
-def _lse_of_tokens(saved: Saved) -> Tensor:
-    """The log-sum-exp as `[B, T, H, 1]`, whatever the backend's layout."""
-    B, T, H, _ = saved.out.shape
-    assert saved.lse is not None
-    if saved.lse.dim() == 2:  # packed rows, flash: [H, N]
-        return saved.lse.t()[: B * T].reshape(B, T, H, 1)
-    if saved.call.cu_seqlens is not None:  # packed rows, efficient: [1, H, N], padded
-        return saved.lse[0, :, : B * T].t().reshape(B, T, H, 1)
-    return saved.lse[:, :, :T].transpose(1, 2).unsqueeze(-1)
-
-
-def _add_sinks(saved: Saved, sinks: Tensor) -> Saved:
-    assert saved.lse is not None
-    share = torch.sigmoid(_lse_of_tokens(saved) - sinks.float().view(1, 1, -1, 1))
-    out = (saved.out * share).to(saved.out.dtype)
-    column = sinks.float().view(-1, 1) if saved.lse.dim() == 2 else sinks.float().view(1, -1, 1)
-    return replace(saved, out=out, lse=torch.logaddexp(saved.lse, column), sinks=sinks)
-
-
-def _sinks_gradient(dout: Tensor, saved: Saved) -> Tensor:
-    assert saved.sinks is not None
-    share = torch.exp(saved.sinks.float().view(1, 1, -1, 1) - _lse_of_tokens(saved))
-    towards = (dout.float() * saved.out.float()).sum(-1, keepdim=True)
-    return -(share * towards).sum((0, 1, 3)).to(saved.sinks.dtype)
+    WITH_SINKS["triton"] = flash_attention_forward
+    BACKWARD_WITH_SINKS["triton"] = flash_attention_backward
 
 
 def attention_forward(
@@ -109,19 +56,17 @@ def attention_forward(
     with torch.no_grad():
         if name in WITH_SINKS:
             saved = WITH_SINKS[name](q, k, v, call, sinks)
-        else:
+        elif sinks is None:
             saved = FORWARD[name](q, k, v, call)
-            saved = saved if sinks is None else _add_sinks(saved, sinks)
+        else:
+            raise ValueError(f"the {name} backend knows no sinks")
     return saved.out, saved
 
 
 @torch.no_grad()
 def attention_backward(dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
     """dq `[B, T, H, D]`, dk and dv `[B, T, K, D]`, and dsinks `[H]` if there were sinks."""
-    if saved.backend in WITH_SINKS:
-        return backends.autograd_backward(dout, saved)
-    grads = BACKWARD[saved.backend](dout, saved)
-    return grads if saved.sinks is None else (*grads, _sinks_gradient(dout, saved))
+    return {**BACKWARD, **BACKWARD_WITH_SINKS}[saved.backend](dout, saved)
 
 
 class Attention(torch.autograd.Function):

@@ -1,14 +1,15 @@
 """torch's attention operators called directly, forward and backward apart, so that a hand-written layer decides what is kept.
 
+Each does what `exactune.kernels.attention_choice` gives it; softcaps and sinks are for `flash_attention` and the reference alone.
+
 Every backend is a pair: `forward(q, k, v, call)` gives a `Saved` whose `out` is the result; `backward(dout, saved)` gives dq, dk, dv.
 q and out are `[B, T, H, D]`, k and v `[B, T, K, D]`, any strides with a contiguous last dimension. With `cu_seqlens` the B * T tokens are
-documents one after another. Kept for the backward: the inputs, the output and a log-sum-exp a query (4 bytes a head and token).
+documents one after another. Kept for the backward: the inputs, the output and a log-sum-exp a query (4 bytes a head and token; its
+layout and base are the backend's own).
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,23 +55,6 @@ class Saved:
         return self.q, self.k, self.v
 
 
-@contextlib.contextmanager
-def deterministic_operators(wanted: bool) -> Iterator[None]:
-    """The flash backward reads torch's global flag, and has no argument for it: set it for the length of one call."""
-    if not wanted:
-        yield
-        return
-    was, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    flags: Any = torch.utils.deterministic  # its attribute is a property of the module object
-    fill, flags.fill_uninitialized_memory = flags.fill_uninitialized_memory, False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(was, warn_only=warn_only)
-        flags.fill_uninitialized_memory = fill
-
-
 def _flat(call: Call, *tensors: Tensor) -> list[Tensor]:
     """[B, T, H, D] as [B * T, H, D] where rows are packed."""
     return [t if call.cu_seqlens is None else t.reshape(-1, *t.shape[2:]) for t in tensors]
@@ -104,10 +88,9 @@ def flash_backward(dout: Tensor, saved: Saved) -> Gradients:
     call, inputs = saved.call, saved.inputs()
     cu, length = call.cu_seqlens, _lengths(inputs[0], call)
     flat = _flat(call, dout, *inputs, saved.out)
-    with deterministic_operators(call.deterministic):
-        grads = aten._flash_attention_backward(
-            *flat, saved.lse, cu, cu, length, length, 0.0, call.causal, *saved.rng, scale=call.scale, **_flash_window(call)
-        )
+    grads = aten._flash_attention_backward(
+        *flat, saved.lse, cu, cu, length, length, 0.0, call.causal, *saved.rng, scale=call.scale, **_flash_window(call)
+    )
     return _like(grads, inputs)
 
 
@@ -172,35 +155,17 @@ def efficient_backward(dout: Tensor, saved: Saved) -> Gradients:
     return _like((dq, _unrepeat(dk, times), _unrepeat(dv, times)), inputs)
 
 
-def _by_autograd(name: str, function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, call: Call, sinks: Tensor | None) -> Saved:
-    """Run a differentiable function on leaves of its own; its graph is what is saved."""
+def plain_forward(q: Tensor, k: Tensor, v: Tensor, call: Call, sinks: Tensor | None = None) -> Saved:
+    """The reference: any device and option, the whole T x T matrix held, and the graph on leaves of its own for the backward."""
     leaves = [t.detach().requires_grad_() for t in (q, k, v, *([] if sinks is None else [sinks]))]
     with torch.enable_grad():
-        out = function(*leaves)
-    return Saved(name, call, q, k, v, out.detach(), sinks=sinks, graph=(out, *leaves))
+        out = reference.attention(
+            *leaves[:3], causal=call.causal, scale=call.scale, window=call.window, softcap=call.softcap,
+            sinks=None if sinks is None else leaves[3], cu_seqlens=call.cu_seqlens,
+        )  # fmt: skip
+    return Saved("plain", call, q, k, v, out.detach(), sinks=sinks, graph=(out, *leaves))
 
 
-def autograd_backward(dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
+def plain_backward(dout: Tensor, saved: Saved) -> tuple[Tensor, ...]:
     out, *leaves = saved.graph
     return torch.autograd.grad(out, leaves, dout.to(out.dtype), retain_graph=True)
-
-
-def plain_forward(q: Tensor, k: Tensor, v: Tensor, call: Call, sinks: Tensor | None = None) -> Saved:
-    """The reference: any device and option, the whole T x T matrix held."""
-
-    def run(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-        return reference.attention(
-            q, k, v, causal=call.causal, scale=call.scale, window=call.window, softcap=call.softcap, sinks=sinks, cu_seqlens=call.cu_seqlens
-        )
-
-    return _by_autograd("plain", run, q, k, v, call, sinks)
-
-
-def flex_forward(q: Tensor, k: Tensor, v: Tensor, call: Call, sinks: Tensor | None = None) -> Saved:
-    """Compiled flex_attention: what the others cannot, which is the softcap; sinks scale its output by the share they leave."""
-    from exactune.kernels.attention_flex import flex_attention
-
-    def run(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-        return flex_attention(q, k, v, call, sinks)
-
-    return _by_autograd("flex", run, q, k, v, call, sinks)

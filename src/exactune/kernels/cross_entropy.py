@@ -38,7 +38,7 @@ LOWEST = tl.constexpr(-3.0e38)  # a finite stand-in for "no maximum yet": it may
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     """tanh in float32 to about an ulp (Cephes' tanhf): a polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel."""
     square = x * x
     series = -5.70498872745e-3 * square + 2.06390887954e-2
@@ -53,7 +53,7 @@ def _tanh(x):
 def _shape(x, logit_scale, softcap):
     z = x.to(tl.float32) * logit_scale
     if softcap is not None:
-        z = softcap * _tanh(z / softcap)
+        z = softcap * tanh(z / softcap)
     return z
 
 

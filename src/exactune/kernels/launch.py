@@ -27,6 +27,7 @@ class Aot:
     num_stages: int = 3
     allowed_spill: int = field(default=64)  # bytes; a handful of spilled registers outside the loop costs nothing
     min_arch: int = 75  # 80 for kernels built on `tl.dot`, which the hosts do not launch on Turing (see `tensor_cores`)
+    targets: tuple[int | str, ...] = ()  # the only GPUs that are given these block sizes; none named: all from `min_arch` on
 
 
 def signature_of(pointers: str, integers: str = "", floats: str = "", *, dtype: str = "bf16", **others: str) -> dict[str, str]:
