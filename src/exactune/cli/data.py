@@ -1,4 +1,4 @@
-"""`exactune data check` and `exactune data clean`."""
+"""`exactune data check`, `exactune data clean` and `exactune data generate`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from exactune.errors import OutputError
 if TYPE_CHECKING:
     from exactune.data.findings import CheckReport
 
-data = typer.Typer(name="data", no_args_is_help=True, rich_markup_mode=None, help="Look for what spoils a run in a data set, and mend it.")
+data = typer.Typer(
+    name="data", no_args_is_help=True, rich_markup_mode=None, help="Look for what spoils a run in a data set, mend it, or make one."
+)
 
 Sources = Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Files, a folder, or a data set's name on the hub.")]
 Model = Annotated[str | None, typer.Option("--model", metavar="DIR", help="Model whose tokenizer and chat template render the rows.")]
@@ -88,6 +90,51 @@ def clean_command(
         for kind, count in counts.items():
             typer.echo(f"  {count:,} {action}: {kind}")
     typer.echo(f"Every one of them is in {report.log}")
+
+
+@data.command("generate")
+def generate_command(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Text files, folders of them, or data sets of plain text.")],
+    to: Annotated[Path, typer.Option("--to", metavar="FILE", help="JSONL file to write, or to go on with; its log goes beside it.")],
+    base_url: Annotated[str, typer.Option(metavar="URL", help="OpenAI-compatible server: http://localhost:8080/v1 for llama.cpp's.")],
+    model: Annotated[str, typer.Option("--model", metavar="NAME", help="What the server calls its model.")],
+    api_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="File with the key of a server that wants one.")] = None,
+    per_passage: Annotated[int, typer.Option(min=1, metavar="N", help="Rows to ask for from one passage.")] = 3,
+    passage_length: Annotated[int, typer.Option(min=200, metavar="N", help="Longest passage, in characters.")] = 4000,
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest reply, in tokens.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0, metavar="NUMBER", help="Temperature of the replies.")] = 0.7,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed, for servers that take one.")] = 0,
+    price_in: Annotated[float | None, typer.Option(metavar="NUMBER", help="Price of a million tokens in.")] = None,
+    price_out: Annotated[float | None, typer.Option(metavar="NUMBER", help="Price of a million tokens out.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be asked for and what it would cost, and stop.")] = False,
+) -> None:
+    """Make instruction rows from documents with a language model. Run it again to go on where it stopped."""
+    from exactune.data.documents import passages
+    from exactune.data.endpoint import Endpoint
+    from exactune.data.generate import generate, plan
+
+    found = passages(sources, passage_length)
+    wanted = plan(found, to, per_passage=per_passage, max_tokens=max_tokens, price_in=price_in, price_out=price_out)
+    typer.echo(wanted.summary())
+    if dry_run:
+        return
+    endpoint = Endpoint(base_url, model, _key_in(api_key_file))
+    made = generate(
+        found, to, endpoint, per_passage=per_passage, max_tokens=max_tokens, temperature=temperature, seed=seed,
+        each=lambda done: typer.echo(f"{done:,} of {wanted.requests:,}", err=True),
+    )  # fmt: skip
+    typer.echo(f"{made.summary()}\nRows in {to}. Look at them: exactune data check {to}")
+
+
+def _key_in(path: Path | None) -> str | None:
+    from exactune.errors import ConfigError
+
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"The key in {path} cannot be read: {error.strerror or error}.", "Check --api-key-file.") from error
 
 
 def _source(sources: list[str]) -> Any:
