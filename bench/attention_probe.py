@@ -3,7 +3,7 @@
     python bench/attention_probe.py [--quick] [--json FILE] [--heads 32 --kv-heads 8 --head-dim 128]
 
 q, k and v are `[B, T, heads, D]` views of one packed projection, as a fused qkv GEMM leaves them. The rule table of
-`exactune.kernels.attention` is filled from what this prints. Columns: milliseconds, TFLOP/s (causal: half the square), the error of out,
+`exactune.kernels.attention_choice` is filled from what this prints. Columns: milliseconds, TFLOP/s (causal: half the square), the error of out,
 dq, dk, dv against float32 (relative norm), whether the backward gave the same bits twice, and the scratch memory of each way.
 """
 
