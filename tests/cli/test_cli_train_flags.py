@@ -75,6 +75,7 @@ def other_value(name: str, default: object, hint: object) -> tuple[object, str |
         "lora_dropout": 0.5,
         "val_size": 0.5,
         "objective": "dpo",
+        "masked_blocks": ["thinking", "tool_calls"],
         "layers_to_transform": [0, 3],
         "lr_scheduler_kwargs": {"min_lr": 1e-5, "num_cycles": 2},
         "dataset": ["a.jsonl", "owner/b-c"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -75,12 +75,14 @@ def prepare(
     skip_bad_rows: bool = False,
     train_on: TrainOn = "auto",
     split_long: bool = False,
+    masked: Collection[str] = (),
 ) -> Prepared:
     """Read `source` (see `read_rows`), detect its format, render, tokenise and mask it.
 
     `train_on`: "auto" learns the assistant's turns or completions of conversations and pairs, and all of plain text; "assistant"
     the same but refuses plain text; "last_turn" the last assistant turn alone; "all" every token. A turn is learned with its
     end-of-turn token. Sequences longer than `max_length` tokens lose their end; with `split_long` plain text becomes several instead.
+    `masked` blocks of answers are read and not learned: "thinking", "tool_calls".
 
     Raises: `DataError` for rows that cannot be used (unless skipped), and where no row has anything to learn.
     """
@@ -91,7 +93,7 @@ def prepare(
     raw = read_rows(source, split=split, skip_bad_rows=skip_bad_rows)
     found = named(format, raw.records[0]) if format else detect(raw)
     rows = normalised(raw, found, skip_bad_rows=skip_bad_rows)
-    render = renderer(found, tokenizer, train_on)
+    render = renderer(found, tokenizer, train_on, masked)
     collected = _Collector(max_length)
     divide = split_long and found.kind == "text" and max_length is not None
     refused: dict[int, BadRow] = {}
@@ -106,7 +108,7 @@ def prepare(
     return collected.finish(found, kept, [i for i in range(len(rows)) if i not in bad])
 
 
-def renderer(format: Format, tokenizer: Any, train_on: TrainOn) -> Any:
+def renderer(format: Format, tokenizer: Any, train_on: TrainOn, masked: Collection[str] = ()) -> Any:
     """The function from a normalised row of `format` to its pieces."""
     if format.kind in ("preference", "kto"):
         use = "DPO, ORPO, SimPO or a reward model" if format.kind == "preference" else "KTO"
@@ -122,7 +124,7 @@ def renderer(format: Format, tokenizer: Any, train_on: TrainOn) -> Any:
             text = row["prompt"] + row["completion"]
             return [Piece(text, [(0 if train_on == "all" else len(row["prompt"]), len(text))], plain=True, turns=False)]
         if not templates:
-            templates.append(ChatTemplate(tokenizer))
+            templates.append(ChatTemplate(tokenizer, masked))
         if "messages" in row:
             return templates[0].pieces(row["messages"], row, train_on)
         return templates[0].pieces([*row["prompt"], *row["completion"]], row, train_on, first=len(row["prompt"]))

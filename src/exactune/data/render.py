@@ -13,11 +13,12 @@ the model will meet them, and the conversation becomes one piece a trained turn.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast
 
+from exactune.data.blocks import block_span, subtract
 from exactune.data.normalise import TEMPLATE_FIELDS
 from exactune.data.rows import BadRow
 from exactune.errors import DataError
@@ -43,7 +44,9 @@ class Piece:
 class ChatTemplate:
     """The chat template of one tokenizer, as a function from messages to text and learned spans."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, masked: Collection[str] = ()):
+        """`masked`: blocks of answers (`exactune.data.blocks`) that are read and not learned."""
+        self.masked = masked
         if not getattr(tokenizer, "chat_template", None):
             raise DataError(
                 f"The tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template, and the rows are conversations.",
@@ -142,20 +145,27 @@ class ChatTemplate:
         text = self.render(messages, fields)
         spans = [self._span(text, messages, k, fields) for k in turns]
         if all(span is not None for span, _ in spans):
-            return [Piece(text, [span for span, _ in spans if span], prompt_differs=any(differs for _, differs in spans))]
+            learned = [part for (span, _), k in zip(spans, turns) if span for part in self._learned(text, messages, k, span, fields)]
+            return [Piece(text, learned, prompt_differs=any(differs for _, differs in spans))]
         return [self._turn_alone(messages[: k + 1], fields) for k in turns]
 
     def _from_marks(self, messages: Sequence[Message], fields: dict[str, Any], turns: list[int]) -> Piece:
         text, spans = self.generated(messages, fields)
         said = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-        if turns == said:
+        if turns == said and not self.masked:
             return Piece(text, spans)
         if len(spans) != len(said):
             raise BadRow(
                 "the template's generation blocks do not match the assistant's turns one to one, so single turns cannot be chosen",
                 "template_unclear",
             )
-        return Piece(text, [span for span, k in zip(spans, said) if k in turns])
+        chosen = [(span, k) for span, k in zip(spans, said) if k in turns]
+        return Piece(text, [part for span, k in chosen for part in self._learned(text, messages, k, span, fields)])
+
+    def _learned(self, text: str, messages: Sequence[Message], k: int, span: Span, fields: dict[str, Any]) -> list[Span]:
+        """The span of turn `k` without the blocks that are masked."""
+        found = [block_span(self, messages, k, span, text, fields, block) for block in self.masked]
+        return subtract([span], [hole for hole in found if hole])
 
     def _turn_alone(self, messages: Sequence[Message], fields: dict[str, Any]) -> Piece:
         text = self.render(messages, fields)
@@ -165,7 +175,7 @@ class ChatTemplate:
                 "the chat template renders what stands before an answer differently once the answer is there, so its tokens cannot be told",
                 "template_unclear",
             )
-        return Piece(text, [span], prompt_differs=differs)
+        return Piece(text, self._learned(text, messages, len(messages) - 1, span, fields), prompt_differs=differs)
 
     def _span(self, text: str, messages: Sequence[Message], k: int, fields: dict[str, Any]) -> tuple[Span | None, bool]:
         """Where turn `k` stands in `text`, the rendering of all `messages`; None where `text` does not hold it as rendered up to there."""

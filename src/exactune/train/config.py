@@ -79,6 +79,9 @@ class TrainConfig(BaseModel):
     train_on: Literal["auto", "assistant", "last_turn", "all"] = _field(
         "auto", "Which tokens count in the loss: the answers (auto, assistant), the last answer, or all.", "Data"
     )
+    masked_blocks: list[Literal["thinking", "tool_calls"]] = _field(
+        [], "Parts of answers that are read and not learned: thinking, tool_calls.", "Data"
+    )
     skip_bad_rows: bool = _field(False, "Leave out rows that cannot be read instead of stopping.", "Data")
     packing: bool = _field(False, "Put several short rows into one sequence, kept apart by their positions.", "Data")
 

@@ -58,6 +58,7 @@ def prepare_rows(config: TrainConfig, rows: Rows, tokenizer: Any) -> Prepared:
         format=config.format,
         skip_bad_rows=config.skip_bad_rows,
         train_on=config.train_on,
+        masked=config.masked_blocks,
     )
 
 

@@ -11,6 +11,7 @@ PARTICULAR = (
     "packing",
     "group_by_length",
     "train_on",
+    "masked_blocks",
     "beta",
     "simpo_gamma",
     "desirable_weight",

@@ -32,7 +32,7 @@ class SupervisedTrainer(InRunFolder, SFTTrainer):
 class Supervised(Objective):
     """Imitate the answers."""
 
-    uses = ("packing", "group_by_length", "train_on")
+    uses = ("packing", "group_by_length", "train_on", "masked_blocks")
     asks_and_answers = True
     curve = MappingProxyType({"value": "loss", "label": "loss (nats per token)"})
     split_long = False
@@ -47,6 +47,7 @@ class Supervised(Objective):
             skip_bad_rows=config.skip_bad_rows,
             train_on=config.train_on,
             split_long=self.split_long,
+            masked=config.masked_blocks,
         )
 
     def trainer(self, run: RunFolder, model: Any, tokenizer: Any, rows: Prepared, held_out: Prepared | None, callbacks: list[Any]) -> Any:
