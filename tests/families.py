@@ -1,4 +1,4 @@
-"""Tiny random models of the shapes that whole-layer fusion knows, for tests of acceleration; every norm and adapter has random values."""
+"""Tiny random models of many families, for tests of acceleration; every norm and adapter has random values."""
 
 from __future__ import annotations
 
@@ -21,17 +21,33 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 16, "attn_implementation": "eager"},  # sdpa has no softcap
     "phi3": {},
 }
-FAMILIES = tuple(OVERRIDES)
+FAMILIES = tuple(OVERRIDES)  # whole layers
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+OVERRIDES_IN_PARTS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "granite": {"residual_multiplier": 0.7, "logits_scaling": 3.0, "attention_multiplier": 0.3, "embedding_multiplier": 2.0},
+    "olmo2": {},
+    "cohere2": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "logit_scale": 0.25},
+    "glm4": {},
+    "starcoder2": {"sliding_window": 16, "residual_dropout": 0.0, "embedding_dropout": 0.0},
+    "phi": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_dropout": 0.0},
+    "hunyuan_v1_dense": {},
+    "mixtral": EXPERTS,
+    "gpt_oss": {**EXPERTS, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "attn_implementation": "eager"},
+}
+IN_PARTS = tuple(OVERRIDES_IN_PARTS)  # layers of another wiring
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> Any:
     """A random causal language model of `family` in `dtype`, the same at every call."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = {"attn_implementation": "sdpa", **BASE, **OVERRIDES[family], **overrides}
+    settings = {"attn_implementation": "sdpa", **BASE, **(OVERRIDES | OVERRIDES_IN_PARTS)[family], **overrides}
     attention = settings.pop("attn_implementation")
+    config = AutoConfig.for_model(family, **settings)
+    config._experts_implementation = "eager"  # torch's grouped GEMM has no float64
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), attn_implementation=attention).to(dtype)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, *((0.0, 0.1) if name.endswith("bias") else (0.5, 0.3)))

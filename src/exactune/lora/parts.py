@@ -20,6 +20,7 @@ from exactune.lora.group import Group, Roomy
 from exactune.memory.policy import WHOLE, Tiling
 
 NormPlace = Literal["heads", "rows", "turned"]  # of q's and k's norms, see `rotation`
+Tables = Literal["doubled", "repeated", "single"]  # cos and sin: the row of angles twice, each angle twice in a row, or once
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Attention:
     window: int | None = None
     softcap: float | None = None
     norm_place: NormPlace = "heads"
-    repeated_tables: bool = False  # cos and sin hold each angle twice in a row, not the row twice
+    tables: Tables = "doubled"
     sinks: Tensor | None = None  # [H], a logit each that carries no value
 
     def bound(self, dtype: torch.dtype) -> Attention:

@@ -24,8 +24,9 @@ def tables_for(attention: Attention, cos: Tensor | None, sin: Tensor | None, x: 
     if cos is None or sin is None or attention.rotary_style == "none":
         still = torch.zeros(1, x.shape[1], 2, dtype=x.dtype, device=x.device)
         return still + 1, still
-    if attention.repeated_tables:
-        cos, sin = (torch.cat([table[..., ::2]] * 2, -1) for table in (cos, sin))
+    if attention.tables != "doubled":
+        step = 2 if attention.tables == "repeated" else 1
+        cos, sin = (torch.cat([table[..., ::step]] * 2, -1) for table in (cos, sin))
     return cos, sin
 
 

@@ -20,7 +20,7 @@ from exactune.models.fused_parts import FusedNorm
 from exactune.models.head import read_head
 from exactune.models.install import Fused, Installer, every_attention_fused, groups_of, whole_layers
 from exactune.models.notes import base_model, bind, unbind
-from exactune.models.observe import blocks_of, decoder_of, observe
+from exactune.models.observe import blocks_of, decoder_of, observe, takes_causal_mask
 from exactune.models.replay import CudaCapture, Passes
 from exactune.models.report import Report
 
@@ -100,7 +100,7 @@ def _install(base: Any, decoder: Any, blocks: list[Any], state: Acceleration, *,
     if head is None:
         state.report.add("head", "head", why)
         return
-    everyone = every_attention_fused(state.report, state.installed, len(blocks))
+    everyone = every_attention_fused(state.report, state.installed, len(blocks)) and takes_causal_mask(base, decoder)
     state.head = CausalForward(base, decoder, head, state.shared, whole_layers(state.installed), all_fused=everyone)
     base.forward = state.head
     state.hooks.append(base.register_forward_pre_hook(rename_trl_request, with_kwargs=True))

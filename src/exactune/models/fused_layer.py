@@ -51,7 +51,7 @@ class Shared:
     def batch(self, attention: Attention, x: Tensor, cos: Tensor | None, sin: Tensor | None, rows: Rows | None) -> Batch:
         """The batch that this attention sees for x [B, T, E]; one object for all alike in a pass, so that nothing is prepared twice."""
         cu_seqlens, max_seqlen = rows or (None, None)
-        key = (id(cos), id(cu_seqlens), x.shape[:2], attention.rotary_style == "none", attention.repeated_tables)
+        key = (id(cos), id(cu_seqlens), x.shape[:2], attention.rotary_style == "none", attention.tables)
         if key not in self._batches:
             tables = tables_for(attention, cos, sin, x)
             options = {"deterministic": self.deterministic, "tiling": self.tiling}

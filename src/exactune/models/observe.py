@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from exactune.kernels.reference.attention import hidden_pairs
 from exactune.models.anatomy.watch import Event, Unrecognised, split_activation
+from exactune.models.fused_layer import causal_mask
 
 TOKENS = 96  # more than one tile of every kernel, and not a multiple of one
 NARROW = 24  # what windows are while the model is watched: narrow enough to show in a mask of so many tokens
@@ -139,6 +140,25 @@ def observe(base: Any, decoder: Any, blocks: list[Any]) -> Observation:
     with _narrowed(configs), _watched(blocks, calls):
         decoder(input_ids=ids, use_cache=False, **_last_positions(decoder, config, device))
     return Observation(blocks, calls, configs, windows)
+
+
+@torch.no_grad()
+def takes_causal_mask(base: Any, decoder: Any) -> bool:
+    """True where the decoder hands the stand-in for a causal mask on to its layers and reads nothing else into it."""
+    device = base.get_input_embeddings().weight.device
+    ids = torch.arange(11, 27, device=device).view(2, 8) % base.config.get_text_config().vocab_size
+    plain = decoder(input_ids=ids, use_cache=False).last_hidden_state
+    try:
+        ours = decoder(input_ids=ids, attention_mask=causal_mask(), use_cache=False).last_hidden_state
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a decoder does with a mask of a shape it did not foresee
+        return False
+    if ours.shape != plain.shape:
+        return False
+    # The median: a router may send single tokens elsewhere over a rounding.
+    errors = torch.linalg.vector_norm((ours - plain).float(), dim=-1) / torch.linalg.vector_norm(plain.float(), dim=-1)
+    return bool(errors.median() <= max(1e-4, 8 * torch.finfo(plain.dtype).eps))
 
 
 @contextlib.contextmanager

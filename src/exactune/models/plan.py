@@ -121,9 +121,15 @@ def signature(module: Any, reading: Any) -> tuple:
 
 
 def _settings(module: Any) -> tuple:
-    plain = (int, float, bool, str, type(None))
-    own = {k: v for k, v in vars(module).items() if isinstance(v, plain) and not k.startswith("_") and k not in ("layer_idx", "training")}
-    return tuple(sorted(own.items(), key=lambda item: item[0]))
+    found = []
+    for name, value in sorted(vars(module).items()):
+        if name.startswith("_") or name in ("layer_idx", "training"):
+            continue
+        if isinstance(value, (int, float, bool, str, type(None))):
+            found.append((name, value))
+        elif callable(value):
+            found.append((name, id(getattr(value, "__func__", value))))  # an activation may be a function
+    return tuple(found)
 
 
 def _shapes(module: Any) -> tuple:
@@ -138,7 +144,7 @@ def _form(reading: Any) -> tuple:
     if isinstance(reading, Attention):
         bare = replace(reading, sinks=None)
         choices = (bare.heads, bare.kv_heads, bare.head_dim, bare.scale, bare.rotary_style, bare.window, bare.softcap)
-        return (*choices, bare.norm_place, bare.repeated_tables, *(_form(norm) for norm in reading.norms()))
+        return (*choices, bare.norm_place, bare.tables, *(_form(norm) for norm in reading.norms()))
     if isinstance(reading, Norm):
         return reading.eps, reading.offset, reading.cast, reading.centred
     return (getattr(reading, "activation", None),)

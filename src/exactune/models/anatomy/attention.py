@@ -16,14 +16,17 @@ from torch import Tensor
 
 from exactune.kernels.reference.attention import attention as reference_attention
 from exactune.lora.group import Group
-from exactune.lora.parts import Attention, Batch, Norm, NormPlace
+from exactune.lora.parts import Attention, Batch, Norm, NormPlace, Tables
 from exactune.lora.rotation import tables_for, turn
 from exactune.lora.stacked import Scratch
 from exactune.models.anatomy.mlp import best, explains
 from exactune.models.anatomy.norm import read_norm
-from exactune.models.anatomy.watch import Event, Roles, Trace, Unrecognised, base_of, read_roles, same_place
+from exactune.models.anatomy.watch import Event, Roles, Trace, Unrecognised, base_of, loudly, read_roles, same_place
 
-TURNS = (("half", False), ("interleaved", False), ("interleaved", True), ("none", False))
+TURNS: tuple[tuple[str, Tables], ...] = (
+    ("half", "doubled"), ("interleaved", "doubled"), ("interleaved", "repeated"), ("half", "single"), ("interleaved", "single"),
+    ("none", "doubled"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,8 @@ def _hypotheses(module: Any, roles: Roles, norms: Norms, setting: Setting, head_
     scale = getattr(module, "scaling", getattr(module, "scale", None))
     if any(p.shape != (heads,) for p in roles.own) or len(roles.own) > 1:
         raise Unrecognised("parameters of its own")
+    own_softcap = [v for k, v in vars(module).items() if "softcap" in k and isinstance(v, float)]
+    softcaps = own_softcap or (None, *setting.softcaps)
     for order in _orders(roles, heads * head_dim):
         bare = Attention(
             qkv=Group(order, scratch),
@@ -137,10 +142,10 @@ def _hypotheses(module: Any, roles: Roles, norms: Norms, setting: Setting, head_
             sinks=roles.own[0] if roles.own else None,
         )
         normed = _with_norms(bare, order, norms)
-        for (style, repeated), softcap in itertools.product(TURNS, (None, *setting.softcaps)):
+        for (style, tables), softcap in itertools.product(TURNS, softcaps):
             if normed is None:
                 break
-            yield replace(normed, rotary_style=style, repeated_tables=repeated, softcap=softcap)
+            yield replace(normed, rotary_style=style, tables=tables, softcap=softcap)
 
 
 def _explained(attention: Attention, trace: Trace, event: Event, tables: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -150,14 +155,19 @@ def _explained(attention: Attention, trace: Trace, event: Event, tables: tuple[T
     q, k, v = heads.split([attention.heads, attention.kv_heads, attention.kv_heads], 2)
     given_cos, given_sin = tables or (None, None)
     cos, sin = tables_for(attention, given_cos, given_sin, event.x)
-    if cos.shape[-1] > attention.head_dim:
-        raise Unrecognised("a rotation wider than its heads")
     batch = Batch(event.x.shape[0], event.x.shape[1], cos, sin)
     q_out, k_out = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k))
     turn(attention, batch, q.contiguous(), k.contiguous(), q_out, k_out)
     options: dict[str, Any] = {"window": attention.window, "softcap": attention.softcap, "sinks": attention.sinks}
     out = reference_attention(q_out, k_out, v, scale=attention.scale, **options)
     return out.flatten(2)
+
+
+def _turns(attention: Attention, tables: tuple[Tensor, Tensor] | None) -> bool:
+    """True where the tables can be what this hypothesis turns by."""
+    if attention.rotary_style == "none" or tables is None:
+        return attention.rotary_style == "none"
+    return tables[0].shape[-1] * (2 if attention.tables == "single" else 1) <= attention.head_dim
 
 
 @torch.no_grad()
@@ -168,6 +178,7 @@ def read_attention(module: Any, trace: Trace, setting: Setting, scratch: Scratch
         Unrecognised: projections, positions, norms or options that we have no fast form for.
     """
     roles = read_roles(module, trace)
+    trace, _ = loudly(module, trace)
     event, inner = trace.events[module], trace.events[roles.out].x
     if event.x.dim() != 3 or inner.dim() != 3 or len(roles.ins) not in (1, 3):
         raise Unrecognised("other projections than queries, keys and values")
@@ -177,7 +188,7 @@ def read_attention(module: Any, trace: Trace, setting: Setting, scratch: Scratch
     found: list[Attention] = []
     errors: dict[int, float] = {}
     for attention in _hypotheses(module, roles, norms, setting, head_dim, scratch):
-        if tables is None and attention.rotary_style != "none":
+        if not _turns(attention, tables):
             continue
         errors[len(found)] = explains(_explained(attention, trace, event, tables), inner)
         found.append(attention)

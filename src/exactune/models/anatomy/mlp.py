@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from exactune.kernels.reference import gated
 from exactune.kernels.reference.gated import GateKind
@@ -13,8 +14,9 @@ from exactune.lora.group import Group
 from exactune.lora.parts import Mlp
 from exactune.lora.plain_mlp import ACTIVATIONS, PlainMlp
 from exactune.lora.stacked import Scratch
-from exactune.models.anatomy.watch import Trace, Unrecognised, base_of, read_roles
+from exactune.models.anatomy.watch import Trace, Unrecognised, is_projection, loudly, read_roles
 
+NO_KERNEL = "an activation that we have no kernel for"
 GATES: tuple[GateKind, ...] = ("swiglu", "geglu_tanh", "geglu_erf", "clamped_swiglu")
 
 
@@ -41,10 +43,30 @@ def best(errors: dict[Any, float], seen: Tensor, otherwise: str) -> Any:
     return found
 
 
+PROBED: dict[str, Callable[[Tensor], Tensor]] = {
+    **ACTIVATIONS,
+    "swiglu": ACTIVATIONS["silu"],
+    "geglu_tanh": ACTIVATIONS["gelu_tanh"],
+    "geglu_erf": ACTIVATIONS["gelu_erf"],
+}
+
+
+def _kinds_of(module: Any, trace: Trace) -> set[str]:
+    """The kinds that the activation modules inside `module` allow, asked one number at a time; all, where there is none."""
+    kinds = {*PROBED, *GATES}
+    x = torch.linspace(-8, 8, 513, dtype=torch.float64)
+    for child in trace.children(module):
+        if not is_projection(child) and next(child.parameters(), None) is None and not isinstance(child, nn.Dropout):
+            y = child(x)
+            kinds &= {k for k, f in PROBED.items() if torch.allclose(y, f(x), rtol=1e-6, atol=1e-6)}
+    return kinds
+
+
 def _spread(trace: Trace, projection: Any) -> Tensor:
     return trace.events[projection].y.flatten(0, -2)
 
 
+@torch.no_grad()
 def read_mlp(module: Any, trace: Trace, scratch: Scratch) -> Mlp | PlainMlp:
     """The MLP that `module` computes.
 
@@ -52,25 +74,24 @@ def read_mlp(module: Any, trace: Trace, scratch: Scratch) -> Mlp | PlainMlp:
         Unrecognised: other projections, or an activation that we have no kernel for.
     """
     roles = read_roles(module, trace)
+    trace, _ = loudly(module, trace)
     inner = trace.events[roles.out].x.flatten(0, -2)
     if roles.norms or roles.own or len(roles.ins) > 2:
         raise Unrecognised("an MLP with parts of its own")
     made = [_spread(trace, p) for p in roles.ins]
+    kinds = _kinds_of(module, trace)
     down = Group([roles.out], scratch)
     if len(made) == 1 and made[0].shape == inner.shape:
-        kind = best({k: explains(f(made[0]), inner) for k, f in ACTIVATIONS.items()}, inner, "an activation that we have no kernel for")
-        return PlainMlp(Group(roles.ins, scratch), down, kind)
+        plain = {kind: explains(f(made[0]), inner) for kind, f in ACTIVATIONS.items() if kind in kinds}
+        return PlainMlp(Group(roles.ins, scratch), down, best(plain, inner, NO_KERNEL))
     if len(made) == 1 and made[0].shape[1] == 2 * inner.shape[1]:
-        orders: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {(0,): (made[0][:, : inner.shape[1]], made[0][:, inner.shape[1] :])}
+        width = inner.shape[1]
+        orders: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {(0,): (made[0][:, :width], made[0][:, width:])}
     elif len(made) == 2 and made[0].shape == made[1].shape == inner.shape:
         orders = {(0, 1): (made[0], made[1]), (1, 0): (made[1], made[0])}
     else:
         raise Unrecognised("gate, up and down of sizes that do not fit")
-    errors = {(order, kind): explains(gated(gate, up, kind), inner) for order, (gate, up) in orders.items() for kind in GATES}
-    order, kind = best(errors, inner, "an activation that we have no kernel for")
+    allowed = [kind for kind in GATES if kind in kinds]
+    errors = {(order, kind): explains(gated(gate, up, kind), inner) for order, (gate, up) in orders.items() for kind in allowed}
+    order, kind = best(errors, inner, NO_KERNEL)
     return Mlp(Group([roles.ins[i] for i in order], scratch), down, kind)
-
-
-def inner_width(mlp: Mlp | PlainMlp) -> int:
-    """Columns between the projections."""
-    return base_of(mlp.down.modules[0]).in_features
