@@ -2,9 +2,10 @@
 
     python bench/attention_probe.py [--quick] [--json FILE] [--heads 32 --kv-heads 8 --head-dim 128]
 
-q, k and v are `[B, T, heads, D]` views of one packed projection, as a fused qkv GEMM leaves them. The rule table of
-`exactune.kernels.attention_choice` is filled from what this prints. Columns: milliseconds, TFLOP/s (causal: half the square), the error of out,
-dq, dk, dv against float32 (relative norm), whether the backward gave the same bits twice, and the scratch memory of each way.
+q, k and v are `[B, T, heads, D]` views of one packed projection, as a fused qkv GEMM leaves them. What it says of torch's operators is
+behind the table of `exactune.kernels.attention_choice`; our own kernels are timed by `ops_attention.py`. Columns: milliseconds, TFLOP/s
+(causal: half the square), the error of out, dq, dk, dv against float32 (relative norm), whether the backward gave the same bits twice,
+and the scratch memory of each way.
 """
 
 from __future__ import annotations

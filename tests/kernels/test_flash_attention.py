@@ -137,8 +137,7 @@ def test_more_than_2_31_elements_apart():
     """Tokens so far apart that a 32-bit offset would wrap: the same bits as from a compact copy."""
     T, H, K, D = 4096, 4, 2, 128
     buffer = torch.empty(1, T, 600_000, dtype=torch.bfloat16, device="cuda")
-    q, k, v = (buffer[..., -width:].unflatten(-1, (-1, D)) for width in (H * D, K * D, K * D))
-    k, v = buffer[..., 1024 : 1024 + K * D].unflatten(-1, (K, D)), buffer[..., 4096 : 4096 + K * D].unflatten(-1, (K, D))
+    q, k, v = (part.unflatten(-1, (-1, D)) for part in buffer[..., -(H + 2 * K) * D :].split([H * D, K * D, K * D], -1))
     for t in (q, k, v):
         t.copy_(torch.randn(t.shape, device="cuda"))
     dout = torch.randn(1, T, H, D, device="cuda").bfloat16()
