@@ -54,7 +54,7 @@ class Prepared:
     def summary(self) -> str:
         """One line: sequences, format, tokens, and everything that was left out or cut."""
         share = f", {self.learned_tokens / self.tokens:.0%} of them learned" if self.learned_tokens else ""
-        parts = [f"{len(self.dataset):,} {self.unit} ({self.format}), {self.tokens:,} tokens{share}, longest {self.longest:,}"]
+        parts = [f"{len(self.lengths):,} {self.unit} ({self.format}), {self.tokens:,} tokens{share}, longest {self.longest:,}"]
         for count, what in (
             (self.truncated, "cut to max_length"),
             (len(self.skipped), "bad rows skipped"),

@@ -16,6 +16,13 @@ def check_before_loading(config: TrainConfig) -> None:
         if importlib.util.find_spec(tracker) is None:
             raise ConfigError(f"report_to names {tracker}, which is not installed.", f"Run `pip install {tracker}`, or leave it out.")
     _check_optimizer(config.optim)
+    if config.streaming and (
+        config.max_steps < 0 or config.packing or config.group_by_length or config.val_size or len(config.sources()) > 1
+    ):
+        raise ConfigError(
+            "streaming reads one data set in its order, whose end it does not know.",
+            "Set max_steps, and leave out packing, group_by_length, val_size (eval_dataset takes its place) and further data sets.",
+        )
     if config.init_lora_weights == "loftq" and not device.has_cuda():
         raise DeviceError(
             "LoftQ quantises on a GPU, and there is none here.", "Use init_lora_weights pissa, which starts from the weights too."

@@ -32,6 +32,11 @@ def read_sources(config: TrainConfig) -> Sources:
         ConfigError: more rows are to be held out than there are.
     """
     first, *others = config.sources()
+    if config.streaming:
+        held_out = None
+        if config.eval_dataset:
+            held_out = read_rows(config.eval_dataset, split=config.eval_split, skip_bad_rows=config.skip_bad_rows)
+        return Sources(Rows([], [], first), held_out, [])
     train = read_rows(first, split=config.dataset_split, skip_bad_rows=config.skip_bad_rows)
     further = [read_rows(name, split=config.dataset_split, skip_bad_rows=config.skip_bad_rows) for name in others]
     if config.eval_dataset:
@@ -45,6 +50,8 @@ def read_sources(config: TrainConfig) -> Sources:
 
 def prepare_sources(config: TrainConfig, objective: Objective, sources: Sources, tokenizer: Any) -> Prepared:
     """The rows of every source as the objective's trainer takes them, mixed by `dataset_weights`."""
+    if config.streaming:
+        return objective.stream(config.sources()[0], tokenizer)
     prepared = [objective.prepare(rows, tokenizer) for rows in (sources.train, *sources.further)]
     return mix(prepared, config.sources(), config.dataset_weights, config.seed)
 
@@ -78,7 +85,7 @@ def describe(source: str, prepared: Prepared) -> dict[str, Any]:
         "source": source,
         "format": prepared.format,
         "rows": len(prepared.rows),
-        "sequences": len(prepared.dataset),
+        "sequences": len(prepared.lengths),
         "fingerprint": prepared.fingerprint,
         "tokens": prepared.tokens,
         "trained_tokens": prepared.learned_tokens,

@@ -121,9 +121,11 @@ class Run:
         callbacks = [MetricsCallback(self.folder), StopCallback(self.requests), self.progress]
         trainer = self.objective.trainer(self.folder, self.model, self.tokenizer, self.rows, self.held_out, callbacks)
         trainer.remove_callback(PrinterCallback)
-        batches = math.ceil(trainer.sequences() / config.per_device_train_batch_size)
-        updates = math.ceil(batches / config.gradient_accumulation_steps)
-        self.total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * updates)
+        if config.max_steps > 0:
+            self.total_steps = config.max_steps
+        else:
+            batches = math.ceil(trainer.sequences() / config.per_device_train_batch_size)
+            self.total_steps = math.ceil(config.num_train_epochs * math.ceil(batches / config.gradient_accumulation_steps))
         return trainer
 
     def _banner(self, fast: str) -> None:

@@ -9,6 +9,7 @@ from exactune.train.config import TrainConfig
 # Settings that not every objective reads.
 PARTICULAR = (
     "packing",
+    "streaming",
     "group_by_length",
     "train_on",
     "masked_blocks",

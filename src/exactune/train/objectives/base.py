@@ -55,6 +55,10 @@ class Objective:
         """`rows` as this objective's trainer takes them."""
         raise NotImplementedError
 
+    def stream(self, source: str, tokenizer: Any) -> Prepared:
+        """The rows of `source`, read while training."""
+        raise NotImplementedError
+
     def adapt(self, model: Any) -> Any:
         """`model` with what is trained on it: an adapter, or every weight."""
         from exactune.models.adapters import DEFAULT_TARGETS, add_adapter

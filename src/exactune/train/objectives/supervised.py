@@ -8,6 +8,7 @@ from typing import Any
 from trl import SFTConfig, SFTTrainer
 
 from exactune.data import Prepared, Rows, prepare
+from exactune.data.stream import prepare_stream
 from exactune.evaluate import Scores, evaluate, held_out_loss
 from exactune.train.grouping import LengthGroupedSampler
 from exactune.train.objectives.base import Objective
@@ -32,7 +33,7 @@ class SupervisedTrainer(InRunFolder, SFTTrainer):
 class Supervised(Objective):
     """Imitate the answers."""
 
-    uses = ("packing", "group_by_length", "train_on", "masked_blocks")
+    uses = ("packing", "group_by_length", "train_on", "masked_blocks", "streaming")
     asks_and_answers = True
     curve = MappingProxyType({"value": "loss", "label": "loss (nats per token)"})
     split_long = False
@@ -48,6 +49,19 @@ class Supervised(Objective):
             train_on=config.train_on,
             split_long=self.split_long,
             masked=config.masked_blocks,
+        )
+
+    def stream(self, source: str, tokenizer: Any) -> Prepared:
+        config = self.config
+        return prepare_stream(
+            source,
+            tokenizer,
+            max_length=config.max_seq_length,
+            format=config.format,
+            skip_bad_rows=config.skip_bad_rows,
+            train_on=config.train_on,
+            masked=config.masked_blocks,
+            seed=config.seed,
         )
 
     def trainer(self, run: RunFolder, model: Any, tokenizer: Any, rows: Prepared, held_out: Prepared | None, callbacks: list[Any]) -> Any:
