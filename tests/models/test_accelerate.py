@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from exactune.errors import ModelError
+from exactune.kernels.reference import dropout
 from exactune.models.accelerate import accelerate, report_of, undo
 from families import FAMILIES, distance, loss_and_grads, random_batch, tiny_model, with_lora
 
@@ -216,9 +217,44 @@ def test_every_step_sees_the_adapters_of_the_last(optimizer):
     assert losses(True) == pytest.approx(losses(False), rel=1e-4)
 
 
-@pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_dropout": 0.5}], ids=["dora", "dropout"])
-def test_what_is_not_plain_lora_runs_its_own_path(config):
-    model = with_lora(tiny_model("llama"), **config)
+class Masked(torch.nn.Dropout):
+    """PEFT's dropout with the mask that the fused layer has drawn."""
+
+    def __init__(self, rate, seed):
+        super().__init__(rate)
+        self.seed = seed
+
+    def forward(self, x):
+        return dropout(x.flatten(0, -2), self.p, self.seed).view(x.shape)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3"])
+def test_adapter_dropout(family, recompute):
+    model = with_lora(tiny_model(family), lora_dropout=0.3)
+    report = accelerate(model)
+    if recompute:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    torch.manual_seed(7)
+    fast = loss_and_grads(model, **random_batch())
+    again = loss_and_grads(model, **random_batch())
+    assert fast[0] != again[0], "the same mask in every pass"
+    assert not report.stock_calls
+    groups = [group for layer in model.get_base_model().model.layers for group in layer.forward.groups()]
+    undo(model)
+    torch.manual_seed(7)
+    for group in groups:
+        seed = int(torch.randint(2**31, ()))
+        for index, module in enumerate(group.modules):
+            module.lora_dropout["default"] = Masked(0.3, seed + index)
+    stock = loss_and_grads(model, **random_batch())
+    assert abs(fast[0] - stock[0]) < CLOSE * stock[0]
+    assert distance(fast[1], stock[1]) < CLOSE
+
+
+def test_what_is_not_plain_lora_runs_its_own_path():
+    model = with_lora(tiny_model("llama"), use_dora=True)
     batch = random_batch()
     torch.manual_seed(1)
     stock = loss_and_grads(model, **batch)

@@ -8,14 +8,16 @@ for the ranks behind them, x [N, I] in [N, I+R] and dy [N, O] in [N, O+R], so th
     backward   P' = dy (s·B)  -> behind dy      dx = [dy | P'] @ [W ; A]
                dA = P'ᵀ x        dB = s · dyᵀ P       dW = dyᵀ x (only where W is trained)
 
-Every adapter gradient goes through [N, R] first; no [O, I] temporary is formed.
+Every adapter gradient goes through [N, R] first; no [O, I] temporary is formed. Under dropout each adapter sees its own x ∘ mask: P is
+made from that, and P' A goes back through the mask beside the base GEMM instead of in it. Masks are made again, never kept.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -106,6 +108,7 @@ class Group:
         self.projections: list[Projection] = []
         self._stack: StackedWeight | None = None
         self._held: Tensor | None = None
+        self._seed = 0  # of this pass's adapter dropout; projection i uses the i-th after it
 
     def bound(self, dtype: torch.dtype) -> Group:
         """This group for one pass: the projections as PEFT has them now, and the matrix with room for just their ranks.
@@ -123,6 +126,7 @@ class Group:
             held = self._stack = StackedWeight(projections, self.scratch, dtype)
         twin = copy.copy(self)
         twin.projections, twin._stack = projections, held if ranks == held.ranks else held.bare()
+        twin._seed = int(torch.randint(2**31, ())) if twin.dropout else 0
         return twin
 
     @property
@@ -177,7 +181,11 @@ class Group:
     def forward(self, x: Roomy, out: Roomy | None = None) -> Tensor:
         """y [N, O] of x [N, I], in `out` if given; fills the room of `x` with P."""
         matrix = self.filled()
-        if self.rank:
+        if self.dropout:
+            x.room.zero_()  # the padding of the ranks, too
+            for ranks, own in self._dropping():
+                torch.mm(own(x.data), matrix[self.outputs :, : self.inputs][ranks].t(), out=x.room[:, ranks])
+        elif self.rank:
             torch.mm(x.data, matrix[self.outputs :, : self.inputs].t(), out=x.room)
         weight, bias = matrix[: self.outputs, : self.inputs + self.rank].t(), self._bias(matrix.dtype)
         into = None if out is None else out.data
@@ -193,11 +201,29 @@ class Group:
         matrix = self.filled()
         if self.rank:
             torch.mm(dy.data, matrix[: self.outputs, self.inputs :], out=dy.room)
-        return dy.all @ matrix[: self.outputs + self.rank, : self.inputs]
+        return self._product(matrix, dy, slice(0, self.inputs))
+
+    def _dropping(self) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
+        """For each adapter: its ranks, and what its dropout does to its input in this pass, and to that input's gradient."""
+        rank = 0
+        for index, projection in enumerate(self.projections):
+            if projection.adapter is not None:
+                rate, own = projection.adapter.dropout, projection.adapter.rank
+                yield slice(rank, rank + own), functools.partial(ops.dropped, rate=rate, seed=self._seed + index)
+                rank += own
 
     def backward_columns(self, dy: Roomy, columns: slice) -> Tensor:
         """Some columns of dx [N, I], of a dy [N, O] whose room is filled."""
-        return dy.all @ self.filled()[: self.outputs + self.rank, columns]
+        return self._product(self.filled(), dy, columns)
+
+    def _product(self, matrix: Tensor, dy: Roomy, columns: slice) -> Tensor:
+        """[dy | P'] @ [W ; A], or with P' A back through the adapters' dropout."""
+        if not self.dropout:
+            return dy.all @ matrix[: self.outputs + self.rank, columns]
+        dx = dy.data @ matrix[: self.outputs, columns]
+        for ranks, own in self._dropping():
+            dx += own(dy.room[:, ranks] @ matrix[self.outputs :, : self.inputs][ranks])[:, columns]
+        return dx
 
     def record(
         self,
@@ -217,7 +243,7 @@ class Group:
         if self.rank:
             if da is None:
                 assert x is not None
-                da = self._rank_first(p_dy, x)
+                da = self._rank_first(p_dy, x) if not self.dropout else self._rank_first_dropped(p_dy, x)
             db = self._blocks(ops.rank_grad(dy, p)) if db is None else db
             rank = 0
             for projection, own in zip(self.projections, db):
@@ -238,6 +264,11 @@ class Group:
             return ops.rank_grad(p_dy, x)
         scaled = torch.mul(p_dy, x.rstd[:, None], out=torch.empty_like(p_dy, memory_format=torch.contiguous_format))  # rounded once
         return ops.rank_grad(scaled, x.x) * x.norm.column_scale()
+
+    def _rank_first_dropped(self, p_dy: Tensor, x: Tensor | NormedInput) -> Tensor:
+        """P'ᵀ x [R, I] where each adapter has seen its own x."""
+        formed = x.formed() if isinstance(x, NormedInput) else x
+        return torch.cat([ops.rank_grad(p_dy[:, ranks], own(formed)) for ranks, own in self._dropping()])
 
     def _blocks(self, db: Tensor) -> list[Tensor]:
         """The diagonal blocks [O_i, R_i] of dyᵀ P [O, R]."""

@@ -56,7 +56,7 @@ def backward(mlp: Mlp, sn: Tensor | NormedInput, kept: Kept, dm: Roomy, grads: G
     width, rank = 2 * mlp.inner, mlp.gate_up.rank
     dgu = Roomy.over(kept.gate_up, width, rank) if in_place else Roomy(dm.all.shape[0], width, rank, like=dm.all)
     dh = mlp.down.backward_input(dm)
-    if mlp.down.rank and mlp.gate_up.rank and not mlp.down.trains_base:
+    if mlp.down.rank and mlp.gate_up.rank and not mlp.down.trains_base and not mlp.down.dropout:
         db = _activation_backward_with_adapters(mlp, kept, dh, dm, dgu, grads)
     else:
         db = None
@@ -83,7 +83,7 @@ def _activation_backward_with_adapters(mlp: Mlp, kept: Kept, dh: Tensor, dm: Roo
 
 
 def _activation_backward(mlp: Mlp, kept: Kept, dh: Tensor, dm: Roomy, dgu: Roomy, grads: Grads) -> None:
-    """The same one product at a time, for a group without adapters or with trained base weights."""
+    """The same one product at a time, for groups without adapters, with dropout or with trained base weights."""
     gate, up = _halves(mlp, kept.gate_up)
     dgate, dup = _halves(mlp, dgu.data)
     h = torch.empty_like(dh)

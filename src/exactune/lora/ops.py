@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 if has_triton():  # the modules below import it; without it everything here runs on the reference
     from exactune.kernels import adapter_slots, gated, gated_lora, nf4, rotary, rotary_norm
     from exactune.kernels import copy_rows as rows_kernel
+    from exactune.kernels import dropout as dropout_kernel
     from exactune.kernels import layer_norm as layer_norm_kernel
     from exactune.kernels import rms_norm as rms_norm_kernel
 
@@ -56,6 +57,11 @@ def copy_rows(x: Tensor, out: Tensor) -> None:
         rows_kernel.copy_rows(x, out)
     else:
         out.copy_(x)
+
+
+def dropped(x: Tensor, rate: float, seed: int) -> Tensor:
+    """`x` [N, E] dropped out by the mask of `seed`; its own backward."""
+    return dropout_kernel.drop_rows(x, rate, seed) if kernels_run_on(x.device) else reference.dropout(x, rate, seed)
 
 
 def rms_norm_forward(x: Tensor, norm: Norm, out: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -99,6 +99,8 @@ class FusedLayer:
         x, layer = hidden_states, self._bound(hidden_states, args, kwargs)
         cos, sin = kwargs.get("position_embeddings") or (None, None)
         batch = self.shared.batch(layer.attention, x, cos, sin, packed_rows(kwargs.get("attention_mask")))
+        if batch.tiled and any(group.dropout for group in layer.groups()):
+            raise Unreadable("adapter dropout on rows that go through in tiles")
         flat = x.reshape(batch.n, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
             y = run_layer(layer, batch, flat, self._policy(), self.shared.store).view(x.shape)
@@ -137,17 +139,14 @@ def bind_part(part: Bindable, groups: Sequence[Group], x: Tensor) -> Any:
     """`part` for one pass over x, see `Group.bound`; `groups` are the projections in it.
 
     Raises:
-        Unreadable: the stock modules would not multiply in x's dtype (autocast, or the weights' own), or an adapter drops out.
+        Unreadable: the stock modules would not multiply in x's dtype (autocast, or the weights' own).
     """
     device = x.device.type
     dtypes = {base_of(module).weight.dtype for group in groups for module in group.modules}
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype
     if autocast or not dtypes <= {x.dtype, torch.uint8}:
         raise Unreadable("autocast to another dtype than the activations'")
-    bound = part.bound(x.dtype)
-    if any(group.dropout for group in ([bound] if isinstance(bound, Group) else bound.groups())):
-        raise Unreadable("adapter dropout")
-    return bound
+    return part.bound(x.dtype)
 
 
 def stock_mask(config: Any, window: int | None, x: Tensor, position_ids: Tensor | None, mask: Any) -> Any:
