@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from exactune.errors import ArtefactError, ConfigError, DataError, ModelError, OutputError
+from exactune.errors import ArtefactError, ConfigError, DataError, DeviceError, ModelError, OutputError
 from exactune.export.anatomy import slots_of
 from exactune.export.gguf.families import family_of
 from exactune.export.gguf.tensors import entries
@@ -215,8 +215,14 @@ def test_missing_llama_cpp_is_one_sentence(monkeypatch):
         engine.require()
 
 
-def test_import_of_the_imatrix_file_is_checked(tmp_path):
+def test_mistakes_are_found_before_a_model_is_loaded(tmp_path):
     from exactune.cli.export import export
 
     with pytest.raises(DataError, match="There is no file"):
-        export(str(tmp_path), gguf=["q8_0"], imatrix=tmp_path / "nowhere.txt")
+        export(str(tmp_path), gguf=["q8_0"], imatrix=str(tmp_path / "nowhere.txt"))
+    with pytest.raises(ConfigError, match="training rows of a run"):
+        export(str(tmp_path), gguf=["q8_0"], imatrix="train")
+    with pytest.raises(DataError, match=r"rows\.jsonl"):
+        export(str(tmp_path), gguf=["q8_0"], evaluate=str(tmp_path / "rows.jsonl"), evaluate_rows=4)
+    with pytest.raises(DeviceError, match="no llama-quantize"):
+        export(str(tmp_path), gguf=["q8_0"], llama_cpp=tmp_path)

@@ -140,8 +140,38 @@ def test_the_proof_holds_no_second_copy_of_the_model(tmp_path):
 
     model = tiny("llama")
     merge(model, tokenizer(), tmp_path / "merged", dtype="float32")
-    with reloaded(tmp_path / "merged", type(model), torch.float32) as again:
+    with reloaded(tmp_path / "merged", type(model), torch.float32, torch.device("cpu")) as again:
         assert {parameter.device.type for parameter in again.parameters()} == {"meta"}
         assert all(map(torch.equal, logits_of(again, prompts()), logits_of(model, prompts())))
         assert {parameter.device.type for parameter in again.parameters()} == {"meta"}
     assert not list((tmp_path / "merged").glob(".*"))
+
+
+def test_a_streamed_model_computes_where_it_is_told_to(tmp_path):
+    """Weights and buffers go to the device: torch refuses to mix two kinds (here the one without data stands for a GPU)."""
+    from exactune.export.reload import reloaded
+
+    model = tiny("gemma3_text", head_dim=8)
+    merge(model, tokenizer(), tmp_path / "merged", dtype="float32", verify=False)
+    meta = torch.device("meta")
+    with reloaded(tmp_path / "merged", type(model), torch.float32, meta) as again, torch.no_grad():
+        ids = torch.ones(1, 5, dtype=torch.long, device=meta)
+        hidden = again.model.embed_tokens(ids)
+        cosines, _ = again.model.rotary_emb(hidden, ids, "sliding_attention")
+        assert {t.device for t in (again.model.layers[0].mlp(hidden), again.model.norm(hidden), again.lm_head(hidden), cosines)} == {meta}
+    ids = torch.ones(1, 5, dtype=torch.long)
+    with reloaded(tmp_path / "merged", type(model), torch.float32, torch.device("cpu")) as again, torch.no_grad():
+        assert torch.equal(again(input_ids=ids, use_cache=False).logits, model(input_ids=ids, use_cache=False).logits)
+
+
+def test_prompts_that_run_together_do_not_see_each_other():
+    from exactune.export import verify
+
+    model = tiny("mistral", sliding_window=8)
+    together = logits_of(model, prompts())
+    alone = [logits_of(model, [ids])[0] for ids in prompts()]
+    assert [len(logits) for logits in together] == [len(ids) for ids in prompts()]
+    for found, wanted in zip(together, alone):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    sizes = [len(batch) for batch in verify._batches([[1] * 700, [1] * 700, [1] * 900, [1] * 3000, [1]])]
+    assert sizes == [2, 1, 1, 1]

@@ -39,7 +39,7 @@ def export(
     A file gets its name once its ids, stop tokens, chat template and logits agree with the model's. What each level costs is
     measured on held-out rows: size, perplexity, KL and the task itself.
     """
-    from exactune.cli.export_rows import importance_samples, run_of
+    from exactune.cli.export_rows import check_importance_source, importance_samples, named_rows, run_of
     from exactune.cli.opening import open_model
     from exactune.export.gguf.engine import require
     from exactune.export.gguf.export import export_gguf
@@ -49,6 +49,8 @@ def export(
     require()
     quantiser_of(llama_cpp)
     run, folder, levels = run_of(target), to or Path(target) / "gguf", [*(gguf or ([] if lora else ["q8_0"])), *(more or [])]
+    check_importance_source(imatrix, run)
+    named = named_rows(evaluate, run, evaluate_rows) if evaluate and evaluate_rows else None
     with quiet():
         model, tokenizer = open_model(target)
         samples = importance_samples(imatrix, run, tokenizer) if imatrix else None
@@ -69,17 +71,17 @@ def export(
         )  # fmt: skip
         typer.echo(report.summary())
         if evaluate_rows:
-            measure(report, model, tokenizer, run, evaluate, evaluate_rows, in_memory)
+            measure(report, model, tokenizer, run, named, evaluate_rows, in_memory)
     typer.echo(f"Card {report.card}")
     typer.echo(f"Ollama: ollama create NAME -f {report.modelfile}")
 
 
-def measure(report: Any, model: Any, tokenizer: Any, run: Any, evaluate: str | None, count: int, in_memory: bool) -> None:
-    """Measure what each file costs, show it, and put it into the card."""
-    from exactune.cli.export_rows import held_out_rows, named_rows
+def measure(report: Any, model: Any, tokenizer: Any, run: Any, named: dict[str, Any] | None, count: int, in_memory: bool) -> None:
+    """Measure what each file costs, show it, and put it into the card; on the `named` rows, or else on those the run held out."""
+    from exactune.cli.export_rows import held_out_rows
     from exactune.evaluate.compression_report import measure_export
 
-    arguments, reason = (named_rows(evaluate, run, count), "") if evaluate else held_out_rows(run, tokenizer, count)
+    arguments, reason = (named, "") if named else held_out_rows(run, tokenizer, count)
     if arguments is None:
         typer.echo(reason)
         return

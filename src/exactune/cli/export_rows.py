@@ -57,21 +57,24 @@ def named_rows(file: str, run: RunFolder | None, count: int) -> dict[str, Any]:
     return {"rows": rows, "source": Path(file).name, **found}
 
 
-def importance_samples(source: str, run: RunFolder | None, tokenizer: Any) -> list[str] | list[list[int]]:
-    """Lines of a text file, or token ids of the run's first training rows.
+def check_importance_source(source: str | None, run: RunFolder | None) -> None:
+    """Find a mistake in --imatrix before a model is loaded.
 
     Raises:
         DataError: there is no such file.
         ConfigError: training rows are asked for, and there is no run.
     """
-    if source != TRAINING_ROWS:
-        if not Path(source).is_file():
-            raise DataError(
-                f"There is no file {source}.", "Name a text file with one sample a line, or say `--imatrix train` for the run's own rows."
-            )
-        return [line for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if run is None:
+    if source == TRAINING_ROWS and run is None:
         raise ConfigError("--imatrix train takes the training rows of a run, and this is not one.", "Name a text file instead.")
+    if source not in (None, TRAINING_ROWS) and not Path(str(source)).is_file():
+        mend = "Name a text file with one sample a line, or say `--imatrix train` for the run's own rows."
+        raise DataError(f"There is no file {source}.", mend)
+
+
+def importance_samples(source: str, run: RunFolder | None, tokenizer: Any) -> list[str] | list[list[int]]:
+    """Lines of a text file, or token ids of the run's first training rows."""
+    if source != TRAINING_ROWS or run is None:
+        return [line for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
     return list(_prepared(run, _first(_sources(run).train, IMPORTANCE_ROWS), tokenizer).dataset["input_ids"])
 
 

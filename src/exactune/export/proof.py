@@ -54,8 +54,9 @@ def _prove_logits(job: Job, tokenizer: Any, folder: Path, texts: Sequence[str], 
         with without_adapters(job.model):
             effect = compare(logits_of(job.model, prompts), wanted).relative_error
     # the reloaded model computes in the dtype of the one in memory, so that only the merge differs
-    computed_in = job.base.get_input_embeddings().weight.dtype
-    with reloaded(folder, type(job.base), computed_in) as again:
+    embedding = job.base.get_input_embeddings().weight
+    computed_in = embedding.dtype
+    with reloaded(folder, type(job.base), computed_in, embedding.device) as again:
         logits = {job.base_weights: logits_of(again, prompts)}
         if originals is not None:
             other = dataclasses.replace(job, originals=None if job.originals else originals, ledger=Ledger())

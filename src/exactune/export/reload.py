@@ -21,8 +21,8 @@ from exactune.export.job import Job
 
 
 @contextlib.contextmanager
-def reloaded(folder: Path, kind: type, dtype: torch.dtype) -> Iterator[nn.Module]:
-    """The checkpoint in AutoModelForCausalLM, or in the model's own class `kind` where that does not cover it; computes on the CPU.
+def reloaded(folder: Path, kind: type, dtype: torch.dtype, device: torch.device) -> Iterator[nn.Module]:
+    """The checkpoint in AutoModelForCausalLM, or in the model's own class `kind` where that does not cover it; computes on `device`.
 
     Raises:
         ArtefactError: it does not load, or not all of it.
@@ -41,7 +41,20 @@ def reloaded(folder: Path, kind: type, dtype: torch.dtype) -> Iterator[nn.Module
         wrong = {what: list(info[what])[:5] for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(what)}
         if wrong:
             raise ArtefactError(f"The checkpoint does not load as {kind.__name__}: {wrong}.", "It was not given its name.")
+        _compute_on(model, device)
         yield model
+
+
+def _compute_on(model: nn.Module, device: torch.device) -> None:
+    """Have the weights brought to `device`: a model that is wholly on the disk is brought to the CPU otherwise."""
+    for module in model.modules():
+        hook: Any = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if hasattr(one, "execution_device"):
+                one.execution_device = device
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != "meta":
+                module._buffers[name] = buffer.to(device)
 
 
 @contextlib.contextmanager
