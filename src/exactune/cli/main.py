@@ -14,6 +14,7 @@ from exactune.cli.export import check, export
 from exactune.cli.failures import Commands
 from exactune.cli.generate import generate
 from exactune.cli.merge import merge
+from exactune.cli.plan import plan
 from exactune.cli.quickstart import quickstart
 from exactune.cli.train import TrainCommand, train
 
@@ -45,6 +46,7 @@ def exactune(
 
 app.command()(quickstart)
 app.command(cls=TrainCommand)(train)
+app.command()(plan)
 app.command()(chat)
 app.command()(generate)
 app.command()(merge)

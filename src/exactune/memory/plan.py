@@ -15,6 +15,7 @@ from exactune.memory.speed import step_seconds
 GIB = 1 << 30
 CONTEXT = 600 << 20  # the CUDA context and its libraries: on the card, outside torch's allocator
 MARGIN = 0.03  # of the budget, left for the allocator's rounding and fragments
+LEANER = 0.85  # of a step's activations and workspace: what a retry after running out of memory aims at
 # From fast to lean; what is slower than another and holds no less is left out.
 LADDER = ("keep", "keep+all", "mlp", "mlp+all", "layer", "layer+input", "layer+all", "attention", "attention+all")
 TILE_ROWS = (None, 8192, 4096, 2048)
@@ -174,6 +175,13 @@ def _most(fast: Policy, lean: Policy, step: Step, budget: int, host: int | None)
         else:
             high = middle
     return best
+
+
+def fits_beside(plan: Plan) -> Plan | None:
+    """The fastest plan for the same step and tiles, so with the same bits, that takes clearly less; None where there is none."""
+    target = sum(plan.fixed.values()) + LEANER * max(plan.phases.values())
+    found = list(_fitting_mixes(plan.step, int(target / (1 - MARGIN)), None))
+    return min(found, key=lambda other: (other.seconds, other.peak), default=None)
 
 
 def longest(step: Step, budget: int, host: int | None = None, limit: int | None = None) -> int:

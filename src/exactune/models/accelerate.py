@@ -19,6 +19,7 @@ from exactune.models.fused_layer import Shared
 from exactune.models.fused_parts import FusedNorm
 from exactune.models.head import read_head
 from exactune.models.install import Fused, Installer, every_attention_fused, groups_of, whole_layers
+from exactune.models.memory import follow_notes
 from exactune.models.notes import base_model, bind, unbind
 from exactune.models.observe import blocks_of, decoder_of, observe, takes_causal_mask
 from exactune.models.replay import CudaCapture, Passes
@@ -76,6 +77,7 @@ def accelerate(model: Any, *, verify: bool = True, deterministic: bool = False, 
             module.training = was
     state.shared.stock_calls.clear()  # the proofs' own passes do not count
     _ACTIVE[base] = state
+    follow_notes(base)
     return state.report
 
 

@@ -2,9 +2,11 @@
 
 | choice                 | meaning                                                                                          |
 |------------------------|--------------------------------------------------------------------------------------------------|
-| `"auto"`               | the trainer decides: TRL's configs turn checkpointing on by default, plain `TrainingArguments` do not |
-| `True`, `"unsloth"`    | every decoder layer is recomputed in the backward pass (non-reentrant), whatever the trainer says     |
-| `False`, `"none"`, None | nothing is recomputed, whatever the trainer says                                                  |
+| `"auto"`               | a memory plan, where one is made (`exactune.models.memory`); else the trainer decides: TRL's configs     |
+|                        | turn checkpointing on by default, plain `TrainingArguments` do not                                       |
+| `True`                 | every decoder layer is recomputed in the backward pass (non-reentrant), whatever the trainer says |
+| `"unsloth"`            | the same, and what is kept waits in host memory                                                  |
+| `False`, `"none"`, None | nothing is recomputed, whatever the trainer says                                                |
 
 The choice made on the model wins over the trainer's, because TRL's `gradient_checkpointing=True` is a default that most
 scripts never state, while the choice on the model is always a line that somebody wrote.
@@ -35,7 +37,7 @@ def read_choice(choice: Any) -> bool | str:
         return known
     raise ConfigError(
         f"use_gradient_checkpointing={choice!r} is not a choice.",
-        'Use "auto" (the trainer decides), True or "unsloth" (recompute every layer), or False (recompute nothing).',
+        'Use "auto" (the plan or the trainer decides), True (recompute every layer), "unsloth" (and wait on the host), or False (nothing).',
     )
 
 
@@ -43,6 +45,7 @@ def apply_checkpointing(model: Any, choice: Any) -> Any:
     """Set gradient checkpointing on `model` (a transformers or PEFT model) as `choice` says, and keep it through training."""
     wanted = read_choice(choice)
     base = base_model(model)
+    _offload(base, wanted is True and str(choice).lower() == "unsloth")
     notes_of(model).checkpointing = choice
     unbind(base, *_ENABLERS)
     if wanted is True:
@@ -54,6 +57,14 @@ def apply_checkpointing(model: Any, choice: Any) -> Any:
         # On the instance inside: a PEFT model, ours or one that TRL makes later, forwards the trainer's call to it.
         bind(base, **dict.fromkeys(_ENABLERS, _decline))
     return model
+
+
+def _offload(base: Any, wanted: bool) -> None:
+    """Send what the layers keep to host memory, or no longer. Layers that are accelerated later ask the model's notes."""
+    notes_of(base).offload = wanted
+    from exactune.models.memory import follow_notes
+
+    follow_notes(base)
 
 
 def is_checkpointing(model: Any) -> bool:

@@ -19,6 +19,7 @@ class Notes:
 
     max_seq_length: int | None = None
     checkpointing: Any = "auto"
+    offload: bool = False  # what layers keep waits in host memory
     tokenizer: Any = None
     before_inference: dict[str, Any] | None = None
 

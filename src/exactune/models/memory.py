@@ -1,0 +1,100 @@
+"""Memory plans on a model: what of the model a plan is made from, and how it is put into force."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from exactune.lora.live import is_nf4
+from exactune.memory.budget import device_budget, host_budget
+from exactune.memory.job import LORA_TARGETS, Job
+from exactune.memory.mends import too_large
+from exactune.memory.offload import HostStore
+from exactune.memory.phases import Step
+from exactune.memory.plan import Plan, choose
+from exactune.memory.policy import OFFLOAD, WHOLE, Policy, Tiling
+from exactune.memory.shape import Shape
+from exactune.models.fused_layer import FusedLayer
+from exactune.models.notes import base_model, notes_of
+
+
+def job_of(model: Any, *, optim: str = "adamw_torch", accumulates: bool = False, packed: bool = False) -> Job:
+    """What a step trains on `model` as it stands: formats, adapters, or every weight."""
+    base = base_model(model)
+    adapters = getattr(model, "peft_config", None)
+    quantised = any(is_nf4(module) for module in base.modules())
+    width = next(p.element_size() for p in base.parameters() if p.is_floating_point())
+    ranks: dict[str, int] = {}
+    if adapters:
+        of_a = {name: p for name, p in model.named_parameters() if ".lora_A." in name}
+        ranks = {name.split(".lora_A.")[0].rpartition(".")[2]: p.shape[0] for name, p in of_a.items()}
+    bits: Literal[4, 16, 32] = 4 if quantised else 32 if width == 4 else 16
+    return Job(
+        bits=bits,
+        r=max(ranks.values(), default=1),
+        targets=tuple(name for name in LORA_TARGETS if name in ranks),
+        full=not adapters,
+        optim=optim,
+        accumulates=accumulates,
+        packed=packed,
+        gpu=base.device.type == "cuda",
+    )
+
+
+def make_plan(model: Any, rows: int, tokens: int, *, budget: Any = "auto", host: Any = "auto", **job: Any) -> Plan:
+    """The fastest plan for steps of `rows` x `tokens` tokens on `model` within `budget` and `host` memory (such as "24GiB").
+
+    Raises:
+        DeviceError: no plan fits; the message lists what would.
+        ConfigError: an architecture that is not planned for, or a budget that cannot be read.
+    """
+    step = Step(Shape.of(base_model(model).config), job_of(model, **job), rows, tokens)
+    within, beside = device_budget(budget), host_budget(host)
+    plan = choose(step, within, beside)
+    if plan is None:
+        raise too_large(step, within, beside)
+    return plan
+
+
+def fused_layers(model: Any) -> list[FusedLayer]:
+    """The fused decoder layers of an accelerated model, in order."""
+    base = base_model(model)
+    modules = getattr(base.get_decoder(), "layers", ()) if hasattr(base, "get_decoder") else ()
+    forwards = (vars(module).get("forward") for module in modules)
+    return [forward for forward in forwards if isinstance(forward, FusedLayer)]
+
+
+def apply_plan(model: Any, plan: Plan) -> None:
+    """Put `plan` into force on an accelerated model; layers that are stock go on as transformers' checkpointing tells them."""
+    layers = list(base_model(model).get_decoder().layers)
+    apply_policies(model, dict(zip(map(id, layers), plan.layers)), plan.step.tiling, ahead=plan.step.ahead)
+
+
+def follow_notes(model: Any) -> None:
+    """What `use_gradient_checkpointing="unsloth"` asked for, on the layers that are accelerated; a choice that changed takes it back."""
+    layers = fused_layers(model)
+    if notes_of(model).offload:
+        apply_policies(model, {id(layer.module): OFFLOAD for layer in layers}, WHOLE, ahead=True)
+    elif any(layer.policy is OFFLOAD for layer in layers):
+        apply_policies(model, {}, WHOLE, ahead=True)
+
+
+def apply_policies(model: Any, policies: dict[int, Policy], tiling: Tiling, *, ahead: bool) -> None:
+    """`policies` by the id of the layer's module."""
+    layers = fused_layers(model)
+    if not layers:
+        return
+    shared = layers[0].shared
+    if isinstance(shared.store, HostStore):
+        shared.store.reset()
+    travels = any(policy.offload != "nothing" for policy in policies.values())
+    shared.tiling, shared.store = tiling, HostStore(device_of(layers), ahead=ahead) if travels else None
+    for layer in layers:
+        layer.policy = policies.get(id(layer.module))
+
+
+def device_of(layers: Sequence[FusedLayer]) -> torch.device:
+    """Where the layers' activations are."""
+    return next(layers[0].module.parameters()).device
