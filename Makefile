@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check install clean
+.PHONY: quickstart test test-gguf check install clean
 
 quickstart: $(VENV)/installed
 	@$(BIN)/exactune quickstart $(ARGS)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+# GGUF files are judged by llama.cpp, which is compiled on the first install: some minutes, and a C++ compiler.
+test-gguf: $(VENV)/installed-gguf
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 tests/export tests/evaluate $(ARGS)
 
 check: $(VENV)/installed-check
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -22,6 +26,9 @@ $(VENV)/installed: pyproject.toml scripts/install.sh
 
 $(VENV)/installed-test: $(VENV)/installed
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/install.sh test && touch $@
+
+$(VENV)/installed-gguf: $(VENV)/installed-test
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/install.sh test,gguf && touch $@
 
 $(VENV)/installed-check: $(VENV)/installed-test
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/install.sh test,check && touch $@
