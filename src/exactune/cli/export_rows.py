@@ -33,7 +33,7 @@ def held_out_rows(run: RunFolder | None, tokenizer: Any, count: int) -> tuple[di
             return None, "not measured what compression cost: the run held no rows out (--evaluate FILE names some)"
         return {
             "rows": _prepared(run, _first(rows, count), tokenizer),
-            "source": f"{Path(config.eval_dataset or str(config.dataset)).name}",
+            "source": Path(config.eval_dataset).name if config.eval_dataset else "",
             "generate_rows": config.generate_rows,
             "max_new_tokens": config.max_new_tokens,
         }, ""
