@@ -15,13 +15,12 @@ import copy
 import json
 import logging
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 
-DOCS = Path(__file__).parent.parent / "docs"
-CLOSE = 1e-5  # of the loss, the logits and each gradient
+from model_page import DOCS, all_fused, passed, write
+
 SHAPE = {
     "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
@@ -98,7 +97,7 @@ def tiny_model(model_type: str) -> Any:
     """A random model of this type in float64 under a tiny config, without dropout; the same at every call.
 
     Raises:
-        Unbuildable: no attempt gives a model of fewer than 30 million parameters that computes a loss.
+        Unbuildable: no attempt gives a model of fewer than 3 million parameters that computes a loss.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -114,7 +113,7 @@ def tiny_model(model_type: str) -> Any:
             config._experts_implementation = "eager"  # torch's grouped GEMM has no float64
             with torch.device("meta"):
                 size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config, attn_implementation="eager").parameters())
-            if size > 30e6:
+            if size > 3e6:
                 raise ValueError(f"{size / 1e6:.0f}M parameters even when tiny")
             model = _build(config, attention)
             if looks_ahead(model):
@@ -247,18 +246,6 @@ def _same(a: tuple, b: tuple) -> bool:
     return bool(a[0] == b[0]) and torch.equal(a[1], b[1]) and all(torch.equal(a[2][n], b[2][n]) for n in a[2])
 
 
-def passed(row: dict[str, Any]) -> bool:
-    """True where everything that was compared agrees."""
-    close = all(row[name] < CLOSE for name in ("loss", "logits", "gradients"))
-    return close and row["undo"] and row["generate"] is not False
-
-
-def all_fused(row: dict[str, Any]) -> bool:
-    """True where attention, MLP, norms and head all run fused."""
-    whole = all(row[kind].split("/")[0] == row[kind].split("/")[1] != "0" for kind in ("attention", "mlp", "norm"))
-    return whole and row["head"] == "fused"
-
-
 def census(types: list[str]) -> dict[str, Any]:
     """The table: a row for each type that builds, and why the others do not."""
     import transformers
@@ -269,6 +256,7 @@ def census(types: list[str]) -> dict[str, Any]:
             rows.append(examine(model_type))
         except Unbuildable as why:
             left_out[model_type] = str(why)
+            print("left out", model_type, why, flush=True)
             continue
         except Exception as why:  # one type that breaks must not hide the others
             failed[model_type] = f"{type(why).__name__}: {str(why)[:200]}"
@@ -294,8 +282,7 @@ def main() -> None:
     found = census(asked or model_types())
     if not asked:
         (DOCS / "models.json").write_text(json.dumps(found, indent=1) + "\n")
-    for model_type, why in found["left_out"].items():
-        print("left out", model_type, why)
+        write()
 
 
 if __name__ == "__main__":
