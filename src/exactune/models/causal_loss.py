@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from exactune.kernels.head import ValidRows
 from exactune.kernels.linear_cross_entropy import linear_cross_entropy
 from exactune.kernels.token_logprobs import token_logprobs
-from exactune.lora.keeping import Policy
 from exactune.lora.live import Adapter, Unreadable, read_projection
+from exactune.memory.phases import chunk_rows
+from exactune.memory.policy import Policy
 from exactune.models.fused_layer import Shared, causal_mask, packed_rows
 from exactune.models.outputs import CausalLMOutput, Deferred, TokenLogProbs
 from exactune.models.replay import LAUNCH_BOUND, Inputs, Passes, operations_a_token
@@ -148,6 +149,9 @@ class CausalForward:
         with torch.autocast(hidden.device.type, enabled=False):
             if token_log_probs:
                 return tuple(t.view(shifted.shape) for t in token_logprobs(flat, labels=targets, **how, **options))
+            if self.shared.tiling.logits:  # a memory plan holds fewer of them at a time
+                V = options["weight"].shape[0]
+                how["chunk"] = chunk_rows(targets.numel(), V, hidden.element_size(), self.shared.tiling.logits)
             loss = linear_cross_entropy(flat, labels=targets, num_items_in_batch=num_items, **how, **options)
         assert isinstance(loss, Tensor)
         return (loss,)

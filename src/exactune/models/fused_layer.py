@@ -12,10 +12,11 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from exactune.lora.decoder_layer import run_layer
 from exactune.lora.group import Group
-from exactune.lora.keeping import KEEP_ALL, RECOMPUTE_LAYER, Policy, Store
 from exactune.lora.live import Unreadable
 from exactune.lora.parts import Attention, Batch, Layer, Tiling
 from exactune.lora.rotation import tables_for
+from exactune.memory.offload import HostStore
+from exactune.memory.policy import KEEP_ALL, RECOMPUTE_LAYER, Policy
 from exactune.models.anatomy.watch import base_of
 
 Rows = tuple[Tensor | None, int | None]  # cu_seqlens and the longest row of a packed batch; two Nones for whole rows
@@ -44,7 +45,7 @@ class Shared:
         self.deterministic = False
         self.recompute = False
         self.tiling = Tiling()
-        self.store: Store | None = None  # host memory for the policies that send something there
+        self.store: HostStore | None = None  # host memory for the policies that send something there
         self.stock_calls: Counter[str] = Counter()
         self._batches: dict[tuple, tuple[Batch, Any]] = {}
 
