@@ -86,13 +86,15 @@ def rms_norm_backward(
     dy: Tensor, x: Tensor, norm: Norm, rstd: Tensor, *, dres: Tensor | None = None, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """(dx [N, E] + dres, dweight [E] or None where the weight is frozen)."""
-    weight, need_dw = norm.weight, norm.weight.requires_grad
+    weight = norm.weight
+    need_dw = weight is not None and weight.requires_grad
     if kernels_run_on(x.device):
         return rms_norm_kernel.rms_norm_backward(
             dy, x, weight, rstd, offset=norm.offset, cast=norm.cast, dres=dres, need_dw=need_dw, out=out
         )
-    dx, dw = gradients(lambda a, w: reference.rms_norm(a, w, norm.eps, offset=norm.offset, cast=norm.cast), (x, weight), (dy,))
-    return _into(out, dx if dres is None else dx + dres), dw if need_dw else None
+    leaves = (x,) if weight is None else (x, weight)
+    dx, *dw = gradients(lambda a, w=None: reference.rms_norm(a, w, norm.eps, offset=norm.offset, cast=norm.cast), leaves, (dy,))
+    return _into(out, dx if dres is None else dx + dres), dw[0] if need_dw else None
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:

@@ -29,7 +29,7 @@ def trained_in(part: Attention | Mlp | PlainMlp) -> list[Tensor]:
     """Everything in the part that may be trained, in a fixed order."""
     found = [p for group in part.groups() for p in group.parameters()]
     if isinstance(part, Attention):
-        found += [norm.weight for norm in part.norms()] + ([part.sinks] if part.sinks is not None else [])
+        found += [norm.weight for norm in part.norms() if norm.weight is not None] + ([part.sinks] if part.sinks is not None else [])
     return found
 
 

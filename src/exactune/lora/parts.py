@@ -20,7 +20,8 @@ from exactune.lora.group import Group, Roomy
 from exactune.memory.policy import WHOLE, Tiling
 
 NormPlace = Literal["heads", "rows", "turned"]  # of q's and k's norms, see `rotation`
-Tables = Literal["doubled", "repeated", "single"]  # cos and sin: the row of angles twice, each angle twice in a row, or once
+# cos and sin: the row of angles twice, each angle twice in a row, the row once, or the row twice for a turn the other way.
+Tables = Literal["doubled", "repeated", "single", "backwards"]
 
 
 @dataclass

@@ -24,6 +24,8 @@ def tables_for(attention: Attention, cos: Tensor | None, sin: Tensor | None, x: 
     if cos is None or sin is None or attention.rotary_style == "none":
         still = torch.zeros(1, x.shape[1], 2, dtype=x.dtype, device=x.device)
         return still + 1, still
+    if attention.tables == "backwards":
+        return cos, -sin
     if attention.tables != "doubled":
         step = 2 if attention.tables == "repeated" else 1
         cos, sin = (torch.cat([table[..., ::step]] * 2, -1) for table in (cos, sin))
@@ -35,7 +37,7 @@ def one_kernel(attention: Attention) -> bool:
     q, k = attention.q_norm, attention.k_norm
     if q is None and k is None:
         return True
-    if q is None or k is None or attention.norm_place != "heads":
+    if q is None or k is None or attention.norm_place != "heads" or q.weight is None or k.weight is None:
         return False
     return (q.eps, q.offset, q.cast) == (k.eps, k.offset, k.cast) and q.cast == ("gemma" if q.offset else "llama")
 

@@ -25,7 +25,7 @@ from exactune.models.anatomy.watch import Event, Roles, Trace, Unrecognised, bas
 
 TURNS: tuple[tuple[str, Tables], ...] = (
     ("half", "doubled"), ("interleaved", "doubled"), ("interleaved", "repeated"), ("half", "single"), ("interleaved", "single"),
-    ("none", "doubled"),
+    ("half", "backwards"), ("none", "doubled"),
 )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def _read_norms(roles: Roles, trace: Trace, head_dim: int) -> Norms:
     places: set[NormPlace] = set()
     for module in roles.norms:
         event = trace.events[module]
-        norm = read_norm(module)
+        norm = read_norm(module, event.x)
         if norm.centred:
             raise Unrecognised("centred norms of queries and keys")
         source = next((p for p in roles.ins if same_place(event.x, trace.events[p].y)), None)

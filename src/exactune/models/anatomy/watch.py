@@ -157,8 +157,8 @@ def read_roles(module: Any, trace: Trace) -> Roles:
             ins.append(child)
         elif is_projection(child) and same_place(event.y, whole.y):
             outs.append(child)
-        elif any(True for _ in child.parameters()):
-            others.append(child)
+        elif any(True for _ in child.parameters()) or any("eps" in name for name in vars(child)):
+            others.append(child)  # a norm need not have a weight
     if not ins or len(outs) != 1:
         raise Unrecognised("no projections from the input and to the output")
     own = list(module.parameters(recurse=False))
