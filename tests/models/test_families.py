@@ -54,6 +54,15 @@ def test_packed_rows_do_not_see_each_other(family):
     assert not report.stock_calls
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "cohere2", "starcoder2"])
+def test_sixteen_bits_are_read_as_the_same_formulas(family, dtype):
+    model = with_lora(tiny_model(family, dtype))
+    report = accelerate(model)
+    assert report.count("attention") == report.count("mlp") == (2, 2), report.summary()
+    assert report.proofs and all(proof.passed for proof in report.proofs)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputed_layers_see_the_packed_rows_of_their_own_batch(reentrant):
     model = with_lora(tiny_model("granite", torch.float32))

@@ -16,6 +16,7 @@ from torch import nn
 
 from exactune.errors import ModelError
 from exactune.export.adapters import BiasShift, LowRank, TrainedRows, Update
+from exactune.models.notes import base_model
 
 # (parameter name, update) pairs that the wrappers around a module put on it
 Pending = tuple[tuple[str, Update], ...]
@@ -49,7 +50,7 @@ class Slot:
 
 def plain_model(model: nn.Module) -> nn.Module:
     """The transformers model inside `model` (a PeftModel, or already plain)."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return base_model(model)
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
