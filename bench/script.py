@@ -2,7 +2,7 @@
 
     python bench/script.py --model DIR --rows 2 --tokens 512 [--load-in-4bit] [--packing] --kinds hf exactune
 
-Rows have lengths from an eighth of `--tokens` up to it. Prints steps and tokens a second over the steps after the first twenty, padding
+Rows have lengths from an eighth of `--tokens` up to it. Prints steps and tokens a second over the second half of the steps, padding
 not counted, and peak GiB. `--out FILE` appends one JSON line a kind.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from train import provenance
 
-WARM_UP = 20
+WARM_UP = 80  # every length that comes has been seen, and recorded, by then
 
 
 def arguments() -> argparse.Namespace:
@@ -28,7 +28,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", default=["hf", "exactune"])
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--load-in-4bit", action="store_true")
     parser.add_argument("--packing", action="store_true")
     parser.add_argument("--out", type=Path)

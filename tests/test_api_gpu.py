@@ -29,4 +29,4 @@ def test_the_usual_script(tmp_path, load_in_4bit, checkpointing):
     FastLanguageModel.for_inference(model)
     ids = tokenizer("What follows 3?", return_tensors="pt").to(model.device)
     with torch.no_grad():
-        assert model.generate(**ids, max_new_tokens=4, do_sample=False).shape[1] == ids["input_ids"].shape[1] + 4
+        assert model.generate(**ids, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape[1] == ids["input_ids"].shape[1] + 4

@@ -154,7 +154,7 @@ def test_a_capture_that_fails_leaves_the_process_well():
     model, _ = twins(with_lora(gpu_model("llama", torch.bfloat16)))
     decoder = model.get_base_model().get_decoder()
     rotary = decoder.rotary_emb.forward
-    decoder.rotary_emb.forward = lambda x, positions: rotary(x, positions + 0 * int(positions.max()))  # waits for the GPU
+    decoder.rotary_emb.forward = lambda x, position_ids: rotary(x, position_ids + 0 * int(position_ids.max()))  # waits
     training(model, [batch_of(seed) for seed in range(SEEN_BEFORE + 2)])
     (why,) = report_of(model).passes.refused
     assert "captur" in why.lower(), why

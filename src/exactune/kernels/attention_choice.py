@@ -1,9 +1,14 @@
 """Which backend computes an attention: one table, read from the top, first row that fits. Shapes, options and the GPU decide, nothing else.
 
-Measured on an H200 (bench/attention_probe.py, 4 x 2,048 tokens, 32 / 8 heads of 128, bfloat16, forward / backward in ms): cuDNN
-0.29 / 0.90, torch's flash 0.51 / 1.49, its memory-efficient kernels 1.07 / 3.07. Flash's backward gives other bits each time, whatever
-torch's deterministic flag says; cuDNN's gave the same bits there, but torch does not promise it: `deterministic=True` takes our own
-kernels, whose sums have one order. cuDNN with packed rows reads memory that is not its own.
+Measured on an H200 (bench/results/h200-attention.txt; 32 / 8 heads of 128, bfloat16, forward / backward in ms):
+
+    4 x 2,048 whole       cuDNN 0.26 / 0.88    torch's flash 0.48 / 1.47    memory-efficient 1.07 / 3.21    our own 0.37 / 1.5
+    64 x 256 packed                            flash 0.33 / 0.97            0.68 / 1.63                     0.28 / 0.81
+    8 x 2,048 packed                           flash 0.92 / 2.85            2.05 / 6.64                     0.79 / 2.99
+
+(ours on packed rows before its block sizes were chosen). Flash's backward gives other bits each time, whatever torch's deterministic
+flag says; cuDNN's gave the same bits there, but torch does not promise it: `deterministic=True` takes our own kernels, whose sums have
+one order. cuDNN with packed rows reads memory that is not its own.
 """
 
 from __future__ import annotations
@@ -59,6 +64,8 @@ def _cudnn(x: Question) -> bool:
 
 def _flash(x: Question) -> bool:
     shape = x.D == x.DV <= 256 and x.D % 8 == 0
+    if x.packed and x.capability >= (9, 0) and has_triton():
+        return False  # our own kernels are faster there
     return x.simple and not x.call.deterministic and x.tensor_cores and shape and torch.backends.cuda.is_flash_attention_available()
 
 
@@ -70,9 +77,9 @@ def _own(x: Question) -> bool:
 TABLE = (
     Row("plain", "no GPU, or float64", lambda x: x.capability == (0, 0) or x.dtype == torch.float64),
     Row("cudnn", "whole rows, nothing special, Hopper and later: the fastest", _cudnn),
-    Row("flash", "whole or packed rows, nothing special, Ampere and later", _flash),
+    Row("flash", "nothing special: whole rows, and before Hopper packed ones, Ampere and later", _flash),
     Row("efficient", "float32 and Turing, nothing special: tensor cores where Triton has none", lambda x: x.simple and not x.tensor_cores),
-    Row("triton", "windows, softcap, sinks, the same bits twice, heads of odd widths", _own),
+    Row("triton", "packed rows on Hopper, windows, softcap, sinks, the same bits twice, heads of odd widths", _own),
     Row("plain", "what is left, such as heads wider than 256", lambda x: True),
 )
 

@@ -43,12 +43,14 @@ _LN2_LOW = tl.constexpr(-2.12194440e-4)
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)) in float32 to a few ulp. `tl.exp` rounds x log2(e) first and loses as many ulp as x is large; here the whole
-    powers of two are taken out before (Cody and Waite, 1980)."""
-    x = tl.where(x < -100.0, -100.0, tl.where(x > 100.0, 100.0, x))  # a NaN stays one
+    """1 / (1 + exp(-x)) in float32 to about an ulp, where `tl.exp` loses two and more: Cephes' expf (powers of two taken out in two
+    steps, a polynomial for the rest) and a division that is rounded."""
+    x = tl.where(x < -80.0, -80.0, tl.where(x > 80.0, 80.0, x))  # a NaN stays one
     power = tl.floor(0.5 - x * _LOG2_E)
-    rest = (-x - power * _LN2_HIGH) - power * _LN2_LOW
-    return tl.div_rn(1.0, 1.0 + tl.exp2(power) * tl.exp2(rest * _LOG2_E))
+    r = (-x - power * _LN2_HIGH) - power * _LN2_LOW
+    series = ((1.9875691500e-4 * r + 1.3981999507e-3) * r + 8.3334519073e-3) * r + 4.1665795894e-2
+    series = (series * r + 1.6666665459e-1) * r + 5.0000001201e-1
+    return tl.div_rn(1.0, 1.0 + tl.exp2(power) * (series * r * r + r + 1.0))
 
 
 @triton.jit

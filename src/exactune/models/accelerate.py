@@ -14,7 +14,7 @@ from exactune.lora.live import is_nf4
 from exactune.lora.stacked import Scratch
 from exactune.models.anatomy.norm import read_norm
 from exactune.models.anatomy.watch import Unrecognised, base_of
-from exactune.models.causal_loss import CausalForward, rename_trl_request
+from exactune.models.causal_loss import CausalForward
 from exactune.models.fused_layer import Shared
 from exactune.models.fused_parts import FusedNorm
 from exactune.models.head import read_head
@@ -105,7 +105,7 @@ def _install(base: Any, decoder: Any, blocks: list[Any], state: Acceleration, *,
     everyone = every_attention_fused(state.report, state.installed, len(blocks)) and takes_causal_mask(base, decoder)
     state.head = CausalForward(base, decoder, head, state.shared, whole_layers(state.installed), all_fused=everyone)
     base.forward = state.head
-    state.hooks.append(base.register_forward_pre_hook(rename_trl_request, with_kwargs=True))
+    state.hooks.append(base.register_forward_pre_hook(state.head.take_over_request, with_kwargs=True))
     bind(base, save_pretrained=_save_pretrained)
     state.report.head = "fused"
     state.report.add("head", "head")
@@ -141,6 +141,8 @@ def _take_back(base: Any, state: Acceleration) -> None:
             state.head.passes.clear()
         if base.__dict__.get("forward") is state.head:
             del base.forward
+            if state.head.before is not None:
+                base.forward = state.head.before
     for linear in (base_of(module) for group in groups_of(state.installed) for module in group.modules):
         if not is_nf4(linear) and not linear.weight.is_contiguous():
             linear.weight.data = linear.weight.data.contiguous()

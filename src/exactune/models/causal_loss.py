@@ -27,6 +27,7 @@ from exactune.memory.policy import Policy
 from exactune.models.fused_layer import Shared, causal_mask, packed_rows
 from exactune.models.outputs import CausalLMOutput, Deferred, TokenLogProbs
 from exactune.models.replay import LAUNCH_BOUND, Inputs, Passes, operations_a_token
+from exactune.models.trl_request import PerToken, request_of
 
 
 @dataclass
@@ -79,22 +80,37 @@ class CausalForward:
         self.model, self.decoder, self.head = model, decoder, head
         self.shared, self.layers, self.all_fused = shared, layers, all_fused
         self.active = True
+        self.before = vars(model).get("forward")  # a trainer's wrapper that was on the model already
         self._operations = max(map(operations_a_token, layers), default=0.0)
         functools.update_wrapper(self, type(model).forward)  # generate() reads the stock signature
 
-    def __call__(self, *args: Any, labels: Tensor | None = None, token_log_probs: bool = False, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, labels: Tensor | None = None, token_log_probs: PerToken | bool = False, **kwargs: Any) -> Any:
+        if kwargs.get("fused_lm_head") and self.before is not None:
+            return self.before(*args, labels=labels, **kwargs)  # a request that stays TRL's
+        request = PerToken() if token_log_probs is True else token_log_probs or None
         self._take_over_checkpointing()
         try:
-            options = self._fused_options(args, labels, kwargs, token_log_probs)
-            if options is None and token_log_probs and labels is not None:
-                return self._stock_per_token(labels, **kwargs)
+            options = self._fused_options(args, labels, kwargs, request)
+            if options is None and request and labels is not None:
+                return self._stock_per_token(labels, request, **kwargs)
             if options is None:
                 stock = {"labels": labels} if labels is not None else {}
                 return type(self.model).forward(self.model, *args, **stock, **kwargs)
             assert labels is not None
-            return self._fused(labels, options, token_log_probs, **kwargs)
+            return self._fused(labels, options, request, **kwargs)
         finally:
             self.shared.release()
+
+    def take_over_request(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Forward pre-hook: `fused_lm_head=True`, with which TRL's trainers ask for per-token results, becomes `token_log_probs`."""
+        if not kwargs.get("fused_lm_head"):
+            return None
+        forward = vars(module).get("forward")
+        request = request_of(self.before if forward is self else forward)
+        if isinstance(request, str):
+            self.shared.stock_calls[f"head: {request}"] += 1
+            return None
+        return args, {**{name: value for name, value in kwargs.items() if name != "fused_lm_head"}, "token_log_probs": request}
 
     def _take_over_checkpointing(self) -> None:
         """Let the fused layers recompute by themselves: transformers' wrapper around each stands aside."""
@@ -104,14 +120,17 @@ class CausalForward:
             if getattr(layer, "gradient_checkpointing", False):
                 layer.gradient_checkpointing = False
 
-    def _fused_options(self, args: tuple, labels: Tensor | None, kwargs: dict[str, Any], token_log_probs: bool) -> dict[str, Any] | None:
+    def _fused_options(self, args: tuple, labels: Tensor | None, kwargs: dict[str, Any], request: PerToken | None) -> dict[str, Any] | None:
         """Arguments of the fused head, or None where this call has to run stock."""
         if not self.active or labels is None or args or kwargs.get("past_key_values") is not None or kwargs.get("return_dict") is False:
             return None
-        if not token_log_probs and not self.model.training:
+        if not request and not self.model.training:
             return None  # evaluation loops read the logits: let them be computed as ever
         unusual = [k for k in ("output_attentions", "output_router_logits", "logits_to_keep", "shift_labels") if kwargs.get(k)]
         if unusual:
+            return None
+        if request is not None and self.head.softcap and request != PerToken():
+            self.shared.stock_calls["head: a temperature, or mean logits, behind a softcap"] += 1
             return None
         try:
             return self.head.options()
@@ -119,7 +138,7 @@ class CausalForward:
             self.shared.stock_calls[f"head: {why}"] += 1
             return None
 
-    def _fused(self, labels: Tensor, options: dict[str, Any], token_log_probs: bool, **kwargs: Any) -> Any:
+    def _fused(self, labels: Tensor, options: dict[str, Any], request: PerToken | None, **kwargs: Any) -> Any:
         num_items = kwargs.pop("num_items_in_batch", None)
         kwargs.pop("logits_to_keep", None)
         if kwargs.get("use_cache") is None:
@@ -127,28 +146,31 @@ class CausalForward:
         shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         mask = kwargs["attention_mask"] = self._mask(labels, kwargs)
         if packed_rows(mask) is not None and self._replayable(labels, kwargs):
-            found = self._replayed(shifted, options, token_log_probs, num_items, kwargs)
+            found = self._replayed(shifted, options, request, num_items, kwargs)
             if found is not None:
-                if token_log_probs:
+                if request:
                     return self._per_token(found, labels, num_items)
                 return CausalLMOutput(loss=found[0], logits=Deferred(lambda: self._logits(kwargs)))  # type: ignore[arg-type]
         valid = ValidRows(shifted.reshape(-1))  # asked now, so that the answer is there when the head needs it
         outputs = self.decoder(**kwargs)
         hidden = outputs.last_hidden_state
-        found = self._head(hidden, shifted, options, token_log_probs, num_items, valid_rows=valid)
+        found = self._head(hidden, shifted, options, request, num_items, valid_rows=valid)
         rest = {name: getattr(outputs, name, None) for name in ("hidden_states", "attentions", "past_key_values")}
-        if token_log_probs:
+        if request:
             return self._per_token(found, labels, num_items, **rest)
         return CausalLMOutput(loss=found[0], logits=Deferred(lambda: self.head.logits(hidden)), **rest)  # type: ignore[arg-type]
 
     def _head(
-        self, hidden: Tensor, shifted: Tensor, options: dict[str, Any], token_log_probs: bool, num_items: Any, **how: Any
+        self, hidden: Tensor, shifted: Tensor, options: dict[str, Any], request: PerToken | None, num_items: Any, **how: Any
     ) -> tuple[Tensor, ...]:
         """(loss,), or (log-probability, entropy, whether the label came first) of each position `[B, T]`."""
         flat, targets = hidden.reshape(-1, hidden.shape[-1]), shifted.reshape(-1)
         with torch.autocast(hidden.device.type, enabled=False):
-            if token_log_probs:
-                return tuple(t.view(shifted.shape) for t in token_logprobs(flat, labels=targets, **how, **options))
+            if request:
+                options = {**options, "logit_scale": options["logit_scale"] / request.temperature}
+                found = token_logprobs(flat, labels=targets, **how, **options)
+                mean = (_mean_logits(flat, options),) if request.mean_logits else ()
+                return tuple(t.view(shifted.shape) for t in (*found, *mean))
             if self.shared.tiling.logits:  # a memory plan holds fewer of them at a time
                 V = options["weight"].shape[0]
                 how["chunk"] = chunk_rows(targets.numel(), V, hidden.element_size(), self.shared.tiling.logits)
@@ -168,7 +190,7 @@ class CausalForward:
         return tuple(getattr(layer.forward, "policy", None) for layer in self.layers)
 
     def _replayed(
-        self, shifted: Tensor, options: dict[str, Any], token_log_probs: bool, num_items: Any, kwargs: dict[str, Any]
+        self, shifted: Tensor, options: dict[str, Any], request: PerToken | None, num_items: Any, kwargs: dict[str, Any]
     ) -> tuple[Tensor, ...] | None:
         """The same through a recorded pass, or None where there is none and may be none."""
         assert self.passes is not None
@@ -188,9 +210,9 @@ class CausalForward:
                 input_ids=inputs["input_ids"], attention_mask=mask, position_ids=inputs.get("position_ids"), use_cache=False
             ).last_hidden_state
             num_items = inputs.get("num_items")
-            return self._head(hidden, inputs["shifted"], options, token_log_probs, num_items, static_shapes=True)
+            return self._head(hidden, inputs["shifted"], options, request, num_items, static_shapes=True)
 
-        kind = (token_log_probs, self.shared.recompute, self.shared.deterministic, longest, self._policies())
+        kind = (request, self.shared.recompute, self.shared.deterministic, self.shared.tiling, longest, self._policies())
         found = self.passes.run(kind, {name: t.to(shifted.device, non_blocking=True) for name, t in inputs.items()}, compute)
         return tuple(t[:, :T] if t.dim() else t for t in found) if found else None
 
@@ -206,16 +228,17 @@ class CausalForward:
 
     @staticmethod
     def _per_token(found: tuple[Tensor, ...], labels: Tensor, num_items: Any, **rest: Any) -> TokenLogProbs:
-        log_probs, entropy, is_top1 = (t[:, :-1] for t in found)
+        log_probs, entropy, is_top1, *mean = (t[:, :-1] for t in found)
         mask = labels[:, 1:] != -100
         count = mask.sum().clamp(min=1) if num_items is None else num_items
         loss = -log_probs.sum() / count
+        rest["mean_logits"] = mean[0] * mask if mean else None
         return TokenLogProbs(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask, **rest)
 
-    def _stock_per_token(self, labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> TokenLogProbs:
+    def _stock_per_token(self, labels: Tensor, request: PerToken, num_items_in_batch: Any = None, **kwargs: Any) -> TokenLogProbs:
         """The same from real logits, for a head that the fused one cannot serve."""
         kwargs["use_cache"] = False
-        logits = type(self.model).forward(self.model, **kwargs).logits[:, :-1].float()
+        logits = type(self.model).forward(self.model, **kwargs).logits[:, :-1].float() / request.temperature
         mask = labels[:, 1:] != -100
         targets = labels[:, 1:].clamp(min=0)
         log_p = logits.log_softmax(-1)
@@ -223,7 +246,9 @@ class CausalForward:
         entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1) * mask
         is_top1 = (logits.detach().argmax(-1) == targets) & mask
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return TokenLogProbs(loss=-log_probs.sum() / count, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
+        mean = logits.detach().mean(-1) * mask if request.mean_logits else None
+        loss = -log_probs.sum() / count
+        return TokenLogProbs(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask, mean_logits=mean)
 
     def _mask(self, labels: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """What the decoder is given as attention mask: a `causal_mask` where the fused parts know by themselves who attends to whom."""
@@ -252,16 +277,21 @@ def _counted_up(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return nn.functional.pad(cu_seqlens, (0, DOCUMENTS - (len(cu_seqlens) - 1) % DOCUMENTS), value=tokens)
 
 
+@torch.no_grad()
+def _mean_logits(hidden: Tensor, options: dict[str, Any]) -> Tensor:
+    """The mean over the vocabulary of each row's logits, float32: the mean row of the head is all it takes."""
+    mean = (hidden @ options["weight"].mean(0, dtype=torch.float32).to(hidden.dtype)).float()
+    if options["bias"] is not None:
+        mean = mean + options["bias"].float().mean()
+    if options["lora_a"] is not None:
+        down = hidden.float() @ options["lora_a"].float().t()
+        mean = mean + options["lora_scale"] * (down @ options["lora_b"].float().mean(0))
+    return mean * options["logit_scale"]
+
+
 def _only_right_padding(mask: Tensor, labels: Tensor) -> bool:
     """True where padding comes after each row's tokens and is not trained on: no trained token can then see it through a causal mask."""
     mask = mask.bool()
     falls = (mask[:, 1:] & ~mask[:, :-1]).any()
     trained = (~mask & (labels != -100)).any()
     return not bool(falls | trained)
-
-
-def rename_trl_request(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Forward pre-hook: `fused_lm_head=True`, with which TRL's trainers ask for log-probabilities, becomes `token_log_probs=True`."""
-    if kwargs.pop("fused_lm_head", False):
-        return args, {**kwargs, "token_log_probs": True}
-    return None

@@ -46,5 +46,6 @@ class TokenLogProbs(CausalLMOutputWithPast):
     log_probs: Tensor | None = None
     entropy: Tensor | None = None
     is_top1: Tensor | None = None
+    mean_logits: Tensor | None = None
     label_mask: Tensor | None = None
     aux_loss: Tensor | None = None

@@ -109,6 +109,7 @@ class TrainConfig(BaseModel):
         "auto", "Recompute activations in the backward pass to save memory: auto, true or false.", "Training"
     )
     accelerate: bool = _field(True, "Use the fast exact parts where they prove equal to the stock model (GPU).", "Training")
+    cuda_graphs: bool = _field(True, "Record small batches that come again in one shape, and replay them (GPU).", "Training")
     deterministic: bool = _field(False, "Only attention kernels that give the same bits twice (GPU; slower).", "Training")
 
     beta: float | None = _field(

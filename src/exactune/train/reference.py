@@ -26,20 +26,7 @@ def lean(trainer: Any) -> Any:
     >>> trainer = lean(DPOTrainer(model=model, args=args, train_dataset=pairs, processing_class=tokenizer))
     """
     drop_reference_copy(trainer)
-    tell_no_mean_logits(trainer.model)
     return trainer
-
-
-def tell_no_mean_logits(model: Any) -> None:
-    """TRL's trainers log the mean logit; a fused head that does not tell it leaves them one that is not a number."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.register_forward_hook(_fill_mean_logits)
-
-
-def _fill_mean_logits(module: Any, args: Any, output: Any) -> None:
-    log_probs = getattr(output, "log_probs", None)
-    if log_probs is not None and getattr(output, "mean_logits", None) is None:
-        output.mean_logits = log_probs.detach() * float("nan")
 
 
 def starts_as_nothing(model: Any, adapter: str = "default") -> bool:

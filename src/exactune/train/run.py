@@ -100,14 +100,13 @@ class Run:
 
         config = self.config
         self.model = self.objective.adapt(self.model)
-        why = "accelerate is false" if not config.accelerate else self.objective.stays_stock()
-        if why or not device.kernels_run_on(self.model.device):
-            return "nothing: stock torch" + (f" ({why})" if why else "")
+        if not config.accelerate or not device.kernels_run_on(self.model.device):
+            return "nothing: stock torch" + ("" if config.accelerate else " (accelerate is false)")
         from exactune.errors import ModelError
         from exactune.models.accelerate import accelerate
 
         try:
-            return accelerate(self.model, deterministic=config.deterministic).summary()
+            return accelerate(self.model, deterministic=config.deterministic, cuda_graphs=config.cuda_graphs).summary()
         except ModelError as error:  # a reward model, which has no language-model head
             return f"nothing: stock torch ({error.problem.rstrip('.')})"
 

@@ -11,7 +11,6 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from exactune.train.optimizer_groups import LearningRates, split_groups
-from exactune.train.reference import tell_no_mean_logits
 from exactune.train.run_folder import RunFolder
 from exactune.train.writing import replace_folder, staging_folder
 
@@ -41,7 +40,6 @@ class InRunFolder(Trainer):
         self._checkpoints = run.checkpoints
         with _adapters_as_they_are(arguments["model"]):
             super().__init__(**arguments)
-        tell_no_mean_logits(self.model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._watch and self._every and "loss" in logs and self.state.global_step % self._every == 0:

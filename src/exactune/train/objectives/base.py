@@ -96,10 +96,6 @@ class Objective:
         names = [name.rpartition(".")[2] for name, module in model.named_modules() if id(module) in ends]
         return list(dict.fromkeys([*(config.modules_to_save or []), *names]))
 
-    def stays_stock(self) -> str | None:
-        """Why the model is not to be accelerated under this objective; None where it may be."""
-        return None
-
     def trainer(self, run: RunFolder, model: Any, tokenizer: Any, rows: Prepared, held_out: Prepared | None, callbacks: list[Any]) -> Any:
         """TRL's trainer for this objective, writing into `run`."""
         raise NotImplementedError

@@ -67,9 +67,6 @@ class GRPO(Objective):
     def weights(self) -> list[float]:
         return self.config.reward_weights or [1.0] * len(self.functions)
 
-    def stays_stock(self) -> str | None:
-        return None if self.config.temperature == 1 else "the fused head knows no temperature but 1"
-
     def prepare(self, rows: Rows, tokenizer: Any) -> Prepared:
         config = self.config
         room = config.max_seq_length - config.max_completion_length
