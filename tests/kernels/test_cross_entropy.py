@@ -82,7 +82,9 @@ def test_forward_and_gradient_in_one_launch(device, dtype):
     expected = cross_entropy_backward(dloss, logits, labels, rows, terms)
     wide = in_wide(logits)
     fused = cross_entropy_forward_and_gradient(wide, labels, terms, dloss)
-    assert torch.equal(fused.loss, rows.loss) and torch.equal(fused.lse, rows.lse) and torch.equal(wide, expected)
+    assert torch.equal(fused.loss, rows.loss) and torch.equal(fused.lse, rows.lse)
+    # One launch still knows lse in two parts, two launches its rounded sum.
+    torch.testing.assert_close(wide, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
     assert wide._base[:, :3].isnan().all() and wide._base[:, -5:].isnan().all()
 
 

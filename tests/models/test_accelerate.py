@@ -82,21 +82,34 @@ def test_ranks_that_need_padding_differ_by_layer_and_scale_by_rslora():
     assert_same_training_step(model, **random_batch())
 
 
-def test_packed_rows_do_not_see_each_other():
+@pytest.mark.parametrize("said", [True, False])
+def test_packed_rows_do_not_see_each_other(said):
+    """Whether the collator says where rows begin, or only their positions tell."""
     model = with_lora(tiny_model("mistral"))
     ids = random_batch(1, 48)["input_ids"]
-    lengths = [20, 5, 23]
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    positions = torch.cat([torch.arange(n) for n in (20, 5, 23)])[None]
     cu_seqlens = torch.tensor([0, 20, 25, 48], dtype=torch.int32)
     labels = ids.clone()
     labels[0, [0, 20, 25]] = -100
     # With a cache, the stock model would let packed rows attend to each other.
     stock_loss, stock = loss_and_grads(model, input_ids=ids, labels=labels, position_ids=positions, use_cache=False)
     report = accelerate(model)
-    packed = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": 23, "max_length_k": 23}
+    packed = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": 23, "max_length_k": 23} if said else {}
     fast_loss, fast = loss_and_grads(model, input_ids=ids, labels=labels, position_ids=positions, **packed)
     assert abs(fast_loss - stock_loss) < CLOSE * abs(stock_loss)
     assert distance(fast, stock) < CLOSE
+    assert not report.stock_calls
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_positions_given_beside_whole_rows(start):
+    model = with_lora(tiny_model("llama"))
+    batch = random_batch() | {"position_ids": torch.arange(start, start + 50).expand(2, -1), "use_cache": False}
+    stock = loss_and_grads(model, **batch)
+    report = accelerate(model)
+    fast = loss_and_grads(model, **batch)
+    assert abs(fast[0] - stock[0]) < CLOSE * abs(stock[0])
+    assert distance(fast[1], stock[1]) < CLOSE
     assert not report.stock_calls
 
 

@@ -30,23 +30,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from exactune.device import kernels_run_on
+from exactune.kernels.functions import exp, tanh
 from exactune.kernels.launch import Aot, on_device, rows_of, signature_of
 from exactune.kernels.reference import cross_entropy as reference
 from exactune.kernels.reference.cross_entropy import LossTerms
 
 LOWEST = tl.constexpr(-3.0e38)  # a finite stand-in for "no maximum yet": it may be subtracted from itself
-
-
-@triton.jit
-def tanh(x):
-    """tanh in float32 to about an ulp (Cephes' tanhf): a polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel."""
-    square = x * x
-    series = -5.70498872745e-3 * square + 2.06390887954e-2
-    series = (series * square - 5.37397155531e-2) * square + 1.33314422036e-1
-    series = (series * square - 3.33332819422e-1) * square * x + x
-    magnitude = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)
-    return tl.where(magnitude < 0.625, series, tl.where(x < 0, -far, far))
 
 
 @triton.jit
@@ -59,7 +48,7 @@ def _shape(x, logit_scale, softcap):
 
 @triton.jit
 def _statistics(row_ptr, V, logit_scale, softcap, SUM: tl.constexpr, ENTROPY: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """(logsumexp, sum, entropy) of one row's z; the last two are 0 unless asked for."""
+    """(maximum, logsumexp less the maximum, sum, entropy) of one row's z; the last two are 0 unless asked for."""
     offs = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     top = tl.full([LANES], LOWEST, dtype=tl.float32)
     total = tl.zeros([LANES], dtype=tl.float32)  # sum of exp(z - top)
@@ -84,7 +73,7 @@ def _statistics(row_ptr, V, logit_scale, softcap, SUM: tl.constexpr, ENTROPY: tl
     whole = tl.sum(total * shrink, axis=0)
     log_whole = tl.log(whole)
     entropy = log_whole - tl.sum(shrink * (spread + (top - peak) * total), axis=0) / whole
-    return peak + log_whole, tl.sum(plain, axis=0), entropy
+    return peak, log_whole, tl.sum(plain, axis=0), entropy
 
 
 @triton.jit
@@ -117,8 +106,9 @@ def _cross_entropy_kernel(
     if STATISTICS:
         known = (label >= 0) & (label < V)
         chosen = _shape(tl.load(logits_row + label, mask=known, other=float("nan")), logit_scale, softcap)
-        lse, total, entropy = _statistics(logits_row, V, logit_scale, softcap, SMOOTH, entropy_ptr is not None, LANES, WIDTH)
-        loss = lse - chosen
+        peak, rest, total, entropy = _statistics(logits_row, V, logit_scale, softcap, SMOOTH, entropy_ptr is not None, LANES, WIDTH)
+        lse = peak + rest
+        loss = rest - (chosen - peak)  # and not lse - chosen: large logits would cost digits
         if SMOOTH:
             loss = (1.0 - label_smoothing) * loss + label_smoothing * (lse - total / V)
         tl.store(loss_ptr + row, loss + z_loss * lse * lse)
@@ -127,6 +117,7 @@ def _cross_entropy_kernel(
             tl.store(entropy_ptr + row, entropy)
     else:
         lse = tl.load(lse_ptr + row)
+        peak, rest = lse, 0.0
         if entropy_ptr is not None:
             entropy = tl.load(entropy_ptr + row)
     if dlogits_ptr is not None:
@@ -140,12 +131,13 @@ def _cross_entropy_kernel(
         for start in range(0, V, LANES * WIDTH):
             at = start + offs
             z = _shape(tl.load(logits_row + at, mask=at < V, other=0.0), logit_scale, softcap)
-            p = tl.exp(z - lse)
+            log_p = (z - peak) - rest
+            p = exp(log_p) if logits_ptr.dtype.element_ty == tl.float32 else tl.exp(log_p)
             dz = g * (1.0 + 2.0 * z_loss * lse) * p - tl.where(at == label, g * (1.0 - label_smoothing), 0.0)
             if SMOOTH:
                 dz -= g * label_smoothing / V
             if dentropy_ptr is not None:
-                dz -= tl.where(p > 0, dentropy * p * (z - lse + entropy), 0.0)
+                dz -= tl.where(p > 0, dentropy * p * (log_p + entropy), 0.0)
             dx = dz * logit_scale
             if softcap is not None:
                 dx *= 1.0 - (z / softcap) * (z / softcap)

@@ -27,8 +27,9 @@ import triton.language as tl
 from torch import Tensor
 
 from exactune.kernels.attention_backends import Call, Saved
-from exactune.kernels.cross_entropy import LOWEST, tanh
+from exactune.kernels.cross_entropy import LOWEST
 from exactune.kernels.flash_attention_tiles import FMA, TABLE, Tiles, stages_of, tiles_for
+from exactune.kernels.functions import tanh
 from exactune.kernels.launch import Aot, next_power_of_2, on_device, signature_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from exactune.device import kernels_run_on
 from exactune.kernels import reference
+from exactune.kernels.functions import sigmoid
 from exactune.kernels.launch import Aot, on_device, signature_of
 from exactune.kernels.reference.gated import CLAMP_ALPHA, CLAMP_LIMIT, GateKind
 
@@ -34,23 +35,6 @@ _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _NORMAL_DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 _TANH_SLOPE = tl.constexpr(1.5957691216057308)  # 2 c, c = sqrt(2 / pi)
 _TANH_CUBIC = tl.constexpr(0.044715)
-
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN2_HIGH = tl.constexpr(0.693359375)  # few bits, so that its products with whole numbers are exact
-_LN2_LOW = tl.constexpr(-2.12194440e-4)
-
-
-@triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(-x)) in float32 to about an ulp, where `tl.exp` loses two and more: Cephes' expf (powers of two taken out in two
-    steps, a polynomial for the rest) and a division that is rounded."""
-    x = tl.where(x < -80.0, -80.0, tl.where(x > 80.0, 80.0, x))  # a NaN stays one
-    power = tl.floor(0.5 - x * _LOG2_E)
-    r = (-x - power * _LN2_HIGH) - power * _LN2_LOW
-    series = ((1.9875691500e-4 * r + 1.3981999507e-3) * r + 8.3334519073e-3) * r + 4.1665795894e-2
-    series = (series * r + 1.6666665459e-1) * r + 5.0000001201e-1
-    return tl.div_rn(1.0, 1.0 + tl.exp2(power) * (series * r * r + r + 1.0))
 
 
 @triton.jit

@@ -179,7 +179,8 @@ class CausalForward:
         return (loss,)
 
     def _replayable(self, labels: Tensor, kwargs: dict[str, Any]) -> bool:
-        if self.passes is None or (kwargs.get("cu_seq_lens_q") is not None and labels.shape[0] > 1):
+        packed = packed_rows(kwargs["attention_mask"])
+        if self.passes is None or (packed is not None and packed[0] is not None and labels.shape[0] > 1):
             return False
         if any(policy is not None and policy.offload != "nothing" for policy in self._policies()):
             return False  # the host's side of a copy is not in a graph
@@ -257,11 +258,9 @@ class CausalForward:
             return mask
         if mask is None:
             cu_seqlens = kwargs.get("cu_seq_lens_q")
-            if cu_seqlens is None and positions is not None:
-                return None  # rows may be packed without saying so: let transformers look
             if cu_seqlens is not None:
                 return causal_mask(cu_seqlens.to(torch.int32), int(kwargs["max_length_q"]))
-            return causal_mask()
+            return causal_mask() if positions is None else _mask_of_positions(positions, labels)
         if mask.dim() == 2 and positions is None and _only_right_padding(mask, labels):
             return causal_mask()
         return mask
@@ -275,6 +274,23 @@ def _filled_up(rows: Tensor, value: int) -> Tensor:
 def _counted_up(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """`cu_seqlens` with the filling as one more document and empty ones up to a multiple of `DOCUMENTS`, plus one."""
     return nn.functional.pad(cu_seqlens, (0, DOCUMENTS - (len(cu_seqlens) - 1) % DOCUMENTS), value=tokens)
+
+
+def _mask_of_positions(positions: Tensor, labels: Tensor) -> Tensor | None:
+    """The mask of rows that are packed without saying so: documents start where `positions` [1 or B, T] start anew.
+
+    None where the positions are not those of documents one after another: transformers then looks for itself.
+    """
+    flat = positions.expand(labels.shape).reshape(-1)
+    starts = flat == 0
+    rises = torch.cat([starts[:1], starts[1:] | (flat[1:] == flat[:-1] + 1)])
+    rows = starts.view(labels.shape)[:, 0]
+    if not bool(rises.all() & rows.all()):  # waits for the GPU, as the search for the starts does
+        return None
+    bounds = torch.cat([starts.nonzero().flatten(), flat.new_tensor([flat.numel()])]).to(torch.int32)
+    if len(bounds) == len(labels) + 1:
+        return causal_mask()  # one document a row
+    return causal_mask(bounds, int(bounds.diff().max()))
 
 
 @torch.no_grad()
