@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 3e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 10,
-    "max_steps": 200,
+    "max_steps": 280,
     "per_device_eval_batch_size": 64,
     "generate_rows": 200,
     "max_new_tokens": 128,

@@ -30,6 +30,7 @@ from exactune.kernels.head import (
 )
 from exactune.kernels.linear_cross_entropy import FP16_HEADROOM
 from exactune.kernels.linear_logprobs import linear_logprobs
+from exactune.kernels.reference import cross_entropy as reference
 from exactune.kernels.reference.cross_entropy import LossTerms
 
 
@@ -77,6 +78,20 @@ class TokenLogprobs(torch.autograd.Function):
         return spread_rows(dhidden, index, ctx.total), *[None] * 6
 
 
+def _of_frozen_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: LossTerms, index: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in plain torch, for the rows that `index` names."""
+    total, rows, targets = len(labels), take(hidden, index, 0, len(labels)), take(labels, index, 0, len(labels))
+    logits = torch.nn.functional.linear(rows, weight, bias)
+    logp, _ = reference.logprobs(logits, targets, softcap=terms.softcap, logit_scale=terms.logit_scale, ignore_index=terms.ignore_index)
+    with torch.no_grad():
+        shaped = reference.shape_logits(logits, softcap=terms.softcap, logit_scale=terms.logit_scale)
+        entropy = reference.logprobs(shaped, targets, ignore_index=terms.ignore_index)[1]
+        top = _is_top(logits, targets) & (targets != terms.ignore_index)
+    return spread_rows(logp, index, total), spread_rows(entropy, index, total), spread_rows(top, index, total)
+
+
 @torch.no_grad()
 def _top_of_all(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
     """`top1` of every row, chunk by chunk."""
@@ -108,9 +123,11 @@ def token_logprobs(
     """
     dtype = compute_dtype(hidden)
     trained = any(t is not None and t.requires_grad for t in (weight, bias, lora_a, lora_b))
-    if kernels_run_on(hidden.device) and not trained and lora_a is None:
+    if not trained and lora_a is None:
         terms = LossTerms(softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index)
         index = rows_to_compute(labels, ignore_index, valid_rows, static_shapes)
+        if not kernels_run_on(hidden.device):
+            return _of_frozen_head(hidden, weight, bias, labels, terms, index)
         inputs = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
         return TokenLogprobs.apply(*inputs, labels.contiguous(), terms, index, None)
     logp, entropy = linear_logprobs(

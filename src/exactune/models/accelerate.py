@@ -41,13 +41,16 @@ class Acceleration:
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, Acceleration] = weakref.WeakKeyDictionary()
 
 
-def accelerate(model: Any, *, verify: bool = True, deterministic: bool = False, cuda_graphs: bool = True) -> Report:
+def accelerate(
+    model: Any, *, verify: bool = True, deterministic: bool = False, cuda_graphs: bool = True, layers: bool = True
+) -> Report:
     """Swap the fast parts into `model`, a causal language model of transformers, with or without PEFT adapters.
 
     One layer or part of each distinct signature is compared with its stock form, in outputs and gradients (`verify=False` skips
     that); what is not recognised or does not pass stays stock and is named in the report. `deterministic` keeps to attention
     backends that give the same bits twice. `cuda_graphs` lets small batches that come again in the same shape be recorded and
-    replayed (GPU; see `exactune.models.replay`). Calling it again starts afresh from the stock model.
+    replayed (GPU; see `exactune.models.replay`). `layers=False` swaps the head and its loss alone, which is what pays on a CPU.
+    Calling it again starts afresh from the stock model.
 
     Raises:
         ModelError: `model` is no causal language model of transformers.
@@ -64,7 +67,7 @@ def accelerate(model: Any, *, verify: bool = True, deterministic: bool = False, 
     training = {module: module.training for module in base.modules()}
     try:
         base.eval()
-        _install(base, decoder, blocks, state, verify=verify)
+        _install(base, decoder, blocks, state, verify=verify, layers=layers)
         whole = state.report.fused_layers == len(blocks)
         if cuda_graphs and base.device.type == "cuda" and state.head is not None and state.head.all_fused and whole:
             state.head.passes = Passes(base, groups_of(state.installed), CudaCapture(base.device))
@@ -94,11 +97,12 @@ def undo(model: Any) -> None:
         _take_back(base_model(model), state)
 
 
-def _install(base: Any, decoder: Any, blocks: list[Any], state: Acceleration, *, verify: bool) -> None:
+def _install(base: Any, decoder: Any, blocks: list[Any], state: Acceleration, *, verify: bool, layers: bool) -> None:
     head, why = read_head(base, decoder)
-    installer = Installer(observe(base, decoder, blocks), state.shared, state.scratch, state.report, verify, installed=state.installed)
-    installer.install(base.config.get_text_config(), "layers")
-    _install_final_norms(decoder, state)
+    if layers:
+        installer = Installer(observe(base, decoder, blocks), state.shared, state.scratch, state.report, verify, installed=state.installed)
+        installer.install(base.config.get_text_config(), "layers")
+        _install_final_norms(decoder, state)
     if head is None:
         state.report.add("head", "head", why)
         return

@@ -100,12 +100,16 @@ class Run:
 
         config = self.config
         self.model = self.objective.adapt(self.model)
-        if not config.accelerate or not device.kernels_run_on(self.model.device):
+        on_gpu = device.kernels_run_on(self.model.device)
+        if not config.accelerate or not (on_gpu or config.objective == "sft"):
             return "nothing: stock torch" + ("" if config.accelerate else " (accelerate is false)")
         from exactune.errors import ModelError
         from exactune.models.accelerate import accelerate
 
         try:
+            if not on_gpu:
+                accelerate(self.model, layers=False)
+                return "the loss, without logits of what is not learned; stock torch otherwise"
             return accelerate(self.model, deterministic=config.deterministic, cuda_graphs=config.cuda_graphs).summary()
         except ModelError as error:  # a reward model, which has no language-model head
             return f"nothing: stock torch ({error.problem.rstrip('.')})"
