@@ -41,9 +41,7 @@ class Acceleration:
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, Acceleration] = weakref.WeakKeyDictionary()
 
 
-def accelerate(
-    model: Any, *, verify: bool = True, deterministic: bool = False, cuda_graphs: bool = True, layers: bool = True
-) -> Report:
+def accelerate(model: Any, *, verify: bool = True, deterministic: bool = False, cuda_graphs: bool = True, layers: bool = True) -> Report:
     """Swap the fast parts into `model`, a causal language model of transformers, with or without PEFT adapters.
 
     One layer or part of each distinct signature is compared with its stock form, in outputs and gradients (`verify=False` skips
