@@ -26,4 +26,4 @@ def kept(rows: int, columns: int, rate: float, seed: int, device: torch.device |
 
 def dropout(x: Tensor, rate: float, seed: int) -> Tensor:
     """`x [N, E]` with a share of `rate` set to zero and the rest divided by 1 - rate; differentiable."""
-    return x * kept(*x.shape, rate, seed, x.device) / (1.0 - rate)
+    return x * kept(x.shape[0], x.shape[1], rate, seed, x.device) / (1.0 - rate)
