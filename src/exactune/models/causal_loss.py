@@ -106,11 +106,15 @@ class CausalForward:
         if not kwargs.get("fused_lm_head"):
             return None
         forward = vars(module).get("forward")
-        request = request_of(self.before if forward is self else forward)
+        request = "a load-balancing loss" if self._routes(kwargs) else request_of(self.before if forward is self else forward)
         if isinstance(request, str):
             self.shared.stock_calls[f"head: {request}"] += 1
             return None
         return args, {**{name: value for name, value in kwargs.items() if name != "fused_lm_head"}, "token_log_probs": request}
+
+    def _routes(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a mixture of experts is to give the loss that balances its router, which is the stock forward's to add."""
+        return bool(kwargs.get("output_router_logits") or getattr(self.model.config.get_text_config(), "output_router_logits", False))
 
     def _take_over_checkpointing(self) -> None:
         """Let the fused layers recompute by themselves: transformers' wrapper around each stands aside."""
@@ -127,7 +131,7 @@ class CausalForward:
         if not request and not self.model.training:
             return None  # evaluation loops read the logits: let them be computed as ever
         unusual = [k for k in ("output_attentions", "output_router_logits", "logits_to_keep", "shift_labels") if kwargs.get(k)]
-        if unusual:
+        if unusual or self._routes(kwargs):
             return None
         if request is not None and self.head.softcap and request != PerToken():
             self.shared.stock_calls["head: a temperature, or mean logits, behind a softcap"] += 1

@@ -93,6 +93,9 @@ def apply_policies(model: Any, policies: dict[int, Policy], tiling: Tiling, *, a
     shared.tiling, shared.store = tiling, HostStore(device_of(layers), ahead=ahead) if travels else None
     for layer in layers:
         layer.policy = policies.get(id(layer.module))
+    passes = getattr(base_model(model).forward, "passes", None)
+    if passes is not None:
+        passes.clear()  # recordings keep the activations of the old policies
 
 
 def device_of(layers: Sequence[FusedLayer]) -> torch.device:
