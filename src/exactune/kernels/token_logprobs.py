@@ -84,12 +84,11 @@ def _of_frozen_head(
     """The same in plain torch, for the rows that `index` names."""
     total, rows, targets = len(labels), take(hidden, index, 0, len(labels)), take(labels, index, 0, len(labels))
     logits = torch.nn.functional.linear(rows, weight, bias)
-    logp, _ = reference.logprobs(logits, targets, softcap=terms.softcap, logit_scale=terms.logit_scale, ignore_index=terms.ignore_index)
-    with torch.no_grad():
-        shaped = reference.shape_logits(logits, softcap=terms.softcap, logit_scale=terms.logit_scale)
-        entropy = reference.logprobs(shaped, targets, ignore_index=terms.ignore_index)[1]
-        top = _is_top(logits, targets) & (targets != terms.ignore_index)
-    return spread_rows(logp, index, total), spread_rows(entropy, index, total), spread_rows(top, index, total)
+    logp, entropy = reference.logprobs(
+        logits, targets, softcap=terms.softcap, logit_scale=terms.logit_scale, ignore_index=terms.ignore_index
+    )
+    top = _is_top(logits.detach(), targets) & (targets != terms.ignore_index)
+    return spread_rows(logp, index, total), spread_rows(entropy.detach(), index, total), spread_rows(top, index, total)
 
 
 @torch.no_grad()

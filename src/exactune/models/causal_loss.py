@@ -130,7 +130,7 @@ class CausalForward:
             return None
         if not request and not self.model.training:
             return None  # evaluation loops read the logits: let them be computed as ever
-        unusual = [k for k in ("output_attentions", "output_router_logits", "logits_to_keep", "shift_labels") if kwargs.get(k)]
+        unusual = [k for k in ("output_attentions", "logits_to_keep", "shift_labels") if kwargs.get(k)]
         if unusual or self._routes(kwargs):
             return None
         if request is not None and self.head.softcap and request != PerToken():
@@ -233,7 +233,8 @@ class CausalForward:
 
     @staticmethod
     def _per_token(found: tuple[Tensor, ...], labels: Tensor, num_items: Any, **rest: Any) -> TokenLogProbs:
-        log_probs, entropy, is_top1, *mean = (t[:, :-1] for t in found)
+        """The output of (log-probability, entropy, whether the label came first, and if asked for the mean logit) of each position."""
+        log_probs, entropy, is_top1, *mean = (t[:, : labels.shape[1] - 1] for t in found)
         mask = labels[:, 1:] != -100
         count = mask.sum().clamp(min=1) if num_items is None else num_items
         loss = -log_probs.sum() / count
@@ -250,10 +251,8 @@ class CausalForward:
         log_probs = log_p.gather(-1, targets[..., None]).squeeze(-1) * mask
         entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1) * mask
         is_top1 = (logits.detach().argmax(-1) == targets) & mask
-        count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        mean = logits.detach().mean(-1) * mask if request.mean_logits else None
-        loss = -log_probs.sum() / count
-        return TokenLogProbs(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask, mean_logits=mean)
+        mean = (logits.detach().mean(-1),) if request.mean_logits else ()
+        return self._per_token((log_probs, entropy, is_top1, *mean), labels, num_items_in_batch)
 
     def _mask(self, labels: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """What the decoder is given as attention mask: a `causal_mask` where the fused parts know by themselves who attends to whom."""

@@ -56,17 +56,20 @@ def prepare_sources(config: TrainConfig, objective: Objective, sources: Sources,
     return mix(prepared, config.sources(), config.dataset_weights, config.seed)
 
 
-def prepare_rows(config: TrainConfig, rows: Rows, tokenizer: Any) -> Prepared:
+def reading(config: TrainConfig) -> dict[str, Any]:
+    """How an objective that imitates reads rows: arguments of `prepare` and `prepare_stream`."""
+    return {
+        "max_length": config.max_seq_length,
+        "format": config.format,
+        "skip_bad_rows": config.skip_bad_rows,
+        "train_on": config.train_on,
+        "masked": config.masked_blocks,
+    }
+
+
+def prepare_rows(config: TrainConfig, rows: Rows, tokenizer: Any, *, split_long: bool = False) -> Prepared:
     """`rows` as token ids and labels, as an objective that imitates learns them."""
-    return prepare(
-        rows,
-        tokenizer,
-        max_length=config.max_seq_length,
-        format=config.format,
-        skip_bad_rows=config.skip_bad_rows,
-        train_on=config.train_on,
-        masked=config.masked_blocks,
-    )
+    return prepare(rows, tokenizer, split_long=split_long, **reading(config))
 
 
 def split(rows: Rows, val_size: float, seed: int) -> tuple[Rows, Rows]:

@@ -7,10 +7,11 @@ from typing import Any
 
 from trl import SFTConfig, SFTTrainer
 
-from exactune.data import Prepared, Rows, prepare
+from exactune.data import Prepared, Rows
 from exactune.data.stream import prepare_stream
 from exactune.evaluate import Scores, evaluate, held_out_loss
 from exactune.train.grouping import LengthGroupedSampler
+from exactune.train.held_out import prepare_rows, reading
 from exactune.train.objectives.base import Objective
 from exactune.train.run_folder import RunFolder
 from exactune.train.trainer import InRunFolder
@@ -39,30 +40,10 @@ class Supervised(Objective):
     split_long = False
 
     def prepare(self, rows: Rows, tokenizer: Any) -> Prepared:
-        config = self.config
-        return prepare(
-            rows,
-            tokenizer,
-            max_length=config.max_seq_length,
-            format=config.format,
-            skip_bad_rows=config.skip_bad_rows,
-            train_on=config.train_on,
-            split_long=self.split_long,
-            masked=config.masked_blocks,
-        )
+        return prepare_rows(self.config, rows, tokenizer, split_long=self.split_long)
 
     def stream(self, source: str, tokenizer: Any) -> Prepared:
-        config = self.config
-        return prepare_stream(
-            source,
-            tokenizer,
-            max_length=config.max_seq_length,
-            format=config.format,
-            skip_bad_rows=config.skip_bad_rows,
-            train_on=config.train_on,
-            masked=config.masked_blocks,
-            seed=config.seed,
-        )
+        return prepare_stream(source, tokenizer, **reading(self.config), seed=self.config.seed)
 
     def trainer(self, run: RunFolder, model: Any, tokenizer: Any, rows: Prepared, held_out: Prepared | None, callbacks: list[Any]) -> Any:
         config = self.config
