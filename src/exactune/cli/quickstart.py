@@ -29,8 +29,8 @@ SETTINGS: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 10,
     "max_steps": 280,
-    "per_device_eval_batch_size": 64,
-    "generate_rows": 200,
+    "per_device_eval_batch_size": 54,
+    "generate_rows": 160,
     "max_new_tokens": 128,
 }
 
