@@ -5,7 +5,8 @@
 Prints tokens/s, milliseconds, peak allocated and reserved GiB, the largest relative difference of the losses from the first
 kind's, and with --floor the share of the measured floor (see floor.py). `--out FILE` appends one JSON line a kind, with GPU,
 versions, commit and command.
-Conditions: LoRA on all seven linears, fused AdamW, bf16 autocast, three warm-up steps, median of the rest.
+Conditions: LoRA on all seven linears, the gradients' norm (read after the step, as trainers do), fused AdamW, bf16 autocast, three
+warm-up steps, median of the rest.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
+
+from report import append_results, print_results, provenance, run_worker
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WARM_UP = 3
@@ -41,8 +43,8 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build(kind: str, args: argparse.Namespace):
-    """The model of one kind, LoRA on it, ready to train."""
+def build(kind: str, args: argparse.Namespace, **options):
+    """The model of one kind, LoRA on it, ready to train; `options` are `accelerate`'s."""
     if kind == "unsloth":
         from unsloth import FastLanguageModel  # before torch and transformers, as it asks
     import torch
@@ -77,7 +79,7 @@ def build(kind: str, args: argparse.Namespace):
         from exactune import accelerate
 
         began = time.time()
-        print(f"{accelerate(model).summary()}; recognised, proven and installed in {time.time() - began:.1f} s", file=sys.stderr)
+        print(f"{accelerate(model, **options).summary()}; recognised, proven and installed in {time.time() - began:.1f} s", file=sys.stderr)
     return model
 
 
@@ -101,7 +103,7 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
         with torch.autocast("cuda", torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])))
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
@@ -128,7 +130,7 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
         "reserved_gib": round(reserved, 2),
         "load_s": round(load_s, 1),
         "losses": [round(x, 6) for x in losses[: args.steps + WARM_UP]],
-        "grad_norms": [round(x, 6) for x in norms[: args.steps + WARM_UP]],
+        "grad_norms": [round(x.item(), 6) for x in norms[: args.steps + WARM_UP]],
     }
 
 
@@ -140,31 +142,6 @@ def busy_ms(profile) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total / 1e3
-
-
-def provenance() -> dict:
-    """GPU, versions, commit and command: what a result is worth nothing without."""
-    import importlib.metadata as metadata
-
-    import torch
-
-    versions = {}
-    for name in ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "unsloth"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {"gpu": torch.cuda.get_device_name(), "versions": versions, "commit": commit, "command": " ".join(sys.argv)}
-
-
-def run_worker(kind: str) -> dict:
-    """This very command once more, as the worker for one kind."""
-    done = subprocess.run([sys.executable, *sys.argv, "--worker", kind], capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        return {"kind": kind, "error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300], "stderr": done.stderr[-3000:]}
-    return json.loads(lines[-1]) | {"notes": [line for line in done.stderr.splitlines() if "attention," in line]}
 
 
 def floor_ms(args: argparse.Namespace) -> float:
@@ -187,27 +164,11 @@ def main() -> None:
         return
     floor = run_worker("floor").get("ms") if args.floor else None
     results = [run_worker(kind) for kind in args.kinds]
-    reference = next((r["losses"] for r in results if "losses" in r), [])
-    about = provenance()
     title = f"{Path(args.model).name} {args.bits}-bit {args.rows}x{args.tokens} checkpointing={args.checkpointing} r={args.rank}"
-    print(f"\n{title}" + (f"   floor {floor:.1f} ms, {args.rows * args.tokens / floor * 1e3:.0f} tokens/s" if floor else ""))
-    print(f"{'':10} {'tokens/s':>9} {'ms':>8} {'peak GiB':>9} {'reserved':>9} {'loss diff':>10} {'of floor':>9}")
-    for r in results:
-        if "error" in r:
-            print(f"{r['kind']:10} {r['error']}")
-            print(r["stderr"], file=sys.stderr)
-            continue
-        diff = max(abs(a - b) / abs(b) for a, b in zip(r["losses"], reference))
-        share = f"{floor / r['ms']:.1%}" if floor else ""
-        print(f"{r['kind']:10} {r['tokens_s']:9} {r['ms']:8.1f} {r['peak_gib']:9.2f} {r['reserved_gib']:9.2f} {diff:10.1e} {share:>9}")
-        for note in r["notes"]:
-            print(f"{'':10} {note}")
+    said = f"{title}   floor {floor:.1f} ms, {args.rows * args.tokens / floor * 1e3:.0f} tokens/s" if floor else title
+    print_results(said, results, floor)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a") as file:
-            for r in results:
-                r.pop("stderr", None)
-                file.write(json.dumps({"title": title, "floor_ms": floor, **r, **about}) + "\n")
+        append_results(args.out, results, title=title, floor_ms=floor, **provenance())
 
 
 if __name__ == "__main__":
