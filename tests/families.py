@@ -32,6 +32,16 @@ OVERRIDES_IN_PARTS: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": 16, "residual_dropout": 0.0, "embedding_dropout": 0.0},
     "phi": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_dropout": 0.0},
     "hunyuan_v1_dense": {},
+    # An output gate beside the queries, one of a column a head, fused qkv by heads, and norms of the values.
+    "qwen3_5_text": {"layer_types": ["full_attention"] * 2},
+    "laguna": {"layer_types": ["full_attention"] * 2, "mlp_layer_types": ["dense"] * 2},
+    "gpt_neox": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "gemma4_text": {
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 160,
+        "global_head_dim": 16,
+        "num_kv_shared_layers": 0,
+    },
     "mixtral": EXPERTS,
     "gpt_oss": {**EXPERTS, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "attn_implementation": "eager"},
 }

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from exactune.kernels.attention import WITH_SINKS as BY_AUTOGRAD
 from exactune.kernels.attention_backends import Saved
-from exactune.lora import ops
+from exactune.lora import ops, output_gate
 from exactune.lora.group import Grads, NormedInput, Roomy, add_grad
 from exactune.lora.kept import Kept
 from exactune.lora.parts import Attention, Batch
-from exactune.lora.rotation import turn, turn_back
+from exactune.lora.rotation import normed_heads, normed_heads_back, turn, turn_back
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,9 @@ def head_groups(attention: Attention, batch: Batch) -> list[HeadGroup]:
     return groups
 
 
-def _width(attention: Attention) -> int:
-    return attention.q_width + 2 * attention.kv_width
-
-
 def _heads(attention: Attention, batch: Batch, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q [B, T, H, D], k and v [B, T, K, D]: views of the packed [N, >= (H+2K)D] projections."""
-    heads = packed[:, : _width(attention)].unflatten(1, (-1, attention.head_dim)).unflatten(0, (batch.rows, batch.tokens))
+    heads = packed[:, : attention.qkv_width].unflatten(1, (-1, attention.head_dim)).unflatten(0, (batch.rows, batch.tokens))
     return heads.split([attention.heads, attention.kv_heads, attention.kv_heads], dim=2)
 
 
@@ -61,15 +57,18 @@ def project(attention: Attention, batch: Batch, xn: Roomy) -> tuple[Tensor, Tens
 
 
 def project_tiles(attention: Attention, batch: Batch, normed: Callable[[slice], Roomy]) -> tuple[Tensor, Tensor]:
-    """(q, k, v packed [N, >= (H+2K)D], with room behind them for the backward, and P [N, R]); `normed` gives the input's tiles.
+    """(q, k, v and gate packed [N, >= W], with room behind them for the backward, and P [N, R]); `normed` gives the input's tiles.
 
     q and k are rotated already, in place, unless they have norms: the backward of those needs the raw values.
     """
     packed, ranks = None, []
     for rows in batch.tiles():
         xn = normed(rows)
-        packed = packed or Roomy(batch.n, _width(attention), attention.qkv.rank, like=xn.all)
-        attention.qkv.forward(xn, out=packed.tile(rows))
+        packed = packed or Roomy(batch.n, attention.width, attention.qkv.rank, like=xn.all)
+        if attention.order is None:
+            attention.qkv.forward(xn, out=packed.tile(rows))
+        else:
+            attention.order.to_heads(attention.qkv.forward(xn), out=packed.tile(rows).data)
         ranks.append(xn.room.clone())
     assert packed is not None, "a batch without tokens"
     if not attention.norms():
@@ -86,7 +85,7 @@ def _rotated(attention: Attention, batch: Batch, packed: Tensor, group: HeadGrou
         return q, k, v
     q_out, k_out = (torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (q, k))
     turn(group.attention, batch, q, k, q_out=q_out, k_out=k_out)
-    return q_out, k_out, v
+    return q_out, k_out, v if attention.v_norm is None else normed_heads(v, attention.v_norm)
 
 
 def _stripped(saved: Saved) -> Saved:
@@ -116,9 +115,15 @@ def without_graphs(attention: tuple[Saved, ...]) -> tuple[Saved, ...]:
     return tuple(replace(saved, graph=()) for saved in attention)
 
 
-def output(attention: Attention, attended: Tensor) -> tuple[Tensor, Tensor]:
-    """(a [N, E], P [N, R]) of attention's output [B, T, H, D] or [N, HD]."""
-    flat = attended.reshape(-1, attention.q_width)
+def gated(attention: Attention, kept: Kept, rows: slice | None = None) -> Tensor:
+    """What the output projection reads [N, HD], or some rows of it: attention's output, times its gate where there is one."""
+    rows = rows or slice(None)
+    flat = kept.attended.reshape(-1, attention.q_width)[rows]
+    return flat if attention.gate is None else output_gate.forward(attention, flat, kept.qkv[rows])
+
+
+def output(attention: Attention, flat: Tensor) -> tuple[Tensor, Tensor]:
+    """(a [N, E], P [N, R]) of what `gated` gives [N, HD]."""
     room = Roomy(flat.shape[0], attention.q_width, attention.out.rank, like=flat)
     ops.copy_rows(flat, room.data)
     return attention.out.forward(room), room.room.clone()
@@ -134,7 +139,7 @@ def backward(
     attention: Attention, xn: Tensor | NormedInput, batch: Batch, kept: Kept, da: Roomy, grads: Grads, *, need_dx: bool
 ) -> Tensor | None:
     """dxn [N, E] (None unless needed) from da [N, E] and the input xn; records the gradients of the attention's parameters."""
-    output_backward(attention, kept.attended.reshape(-1, attention.q_width), kept.p_out, da, grads)
+    output_backward(attention, gated(attention, kept), kept.p_out, da, grads)
     dpacked = inner_backward(attention, batch, kept, da, grads)
     dxn = None
     if need_dx:
@@ -146,17 +151,21 @@ def backward(
 
 
 def inner_backward(attention: Attention, batch: Batch, kept: Kept, da: Roomy, grads: Grads, *, in_place: bool = False) -> Roomy:
-    """The gradient of the packed projections [N, (H+2K)D] from da [N, E] with P' in its room; adds those of norms and sinks to `grads`.
+    """The gradient of the projections' results [N, W] from da [N, E] with P' in its room; adds those of norms and sinks to `grads`.
 
     `in_place`: it may take the place of the kept q, k and v.
     """
-    width, rank = _width(attention), attention.qkv.rank
+    width, rank = attention.width, attention.qkv.rank
     dpacked = Roomy.over(kept.qkv, width, rank) if in_place else Roomy(batch.n, width, rank, like=kept.qkv)
     groups = head_groups(attention, batch)
     for index, group in enumerate(groups):
         # A function of its own: what one group needs is gone before the next begins.
         _group_backward(attention, batch, kept, da, grads, dpacked, (index, group), direct=len(groups) == 1)
-    return dpacked
+    if attention.order is None:
+        return dpacked
+    dmade = Roomy(batch.n, width, rank, like=kept.qkv)
+    attention.order.to_projections(dpacked.data, out=dmade.data)
+    return dmade
 
 
 def _group_backward(
@@ -165,15 +174,20 @@ def _group_backward(
     index, group = which
     own, columns = group.attention, slice(group.q.start * attention.head_dim, group.q.stop * attention.head_dim)
     saved = _saved_for(kept, index, group, _rotated(attention, batch, kept.qkv, group), batch)
-    dattended = attention.out.backward_columns(da, columns).view(batch.rows, batch.tokens, own.heads, own.head_dim)
-    dq, dk, dv, *dsinks = ops.attention_backward(dattended, saved)
+    dattended = attention.out.backward_columns(da, columns)
+    if attention.gate is not None:
+        dattended = output_gate.backward(attention, group.q, dattended, kept.attended, kept.qkv, dpacked.data)
+    dq, dk, dv, *dsinks = ops.attention_backward(dattended.view(batch.rows, batch.tokens, own.heads, own.head_dim), saved)
     del dattended, saved
     # A group goes to its columns by way of a block of its own, and so does what a norm's backward still reads while it writes.
     direct = direct and not (attention.norms() and dpacked.buffer is kept.qkv)
-    block = dpacked.data if direct else dq.new_empty(batch.n, _width(own))
-    q_raw, k_raw, _ = (part[:, :, place] for part, place in zip(_heads(attention, batch, kept.qkv), (group.q, group.k, group.k)))
+    block = dpacked.data[:, : own.qkv_width] if direct else dq.new_empty(batch.n, own.qkv_width)
+    q_raw, k_raw, v_raw = (part[:, :, place] for part, place in zip(_heads(attention, batch, kept.qkv), (group.q, group.k, group.k)))
+    dwv = None
+    if attention.v_norm is not None:
+        dv, dwv = normed_heads_back(dv, v_raw, attention.v_norm)
     dws = turn_back(own, batch, dq, dk, dv, q_raw, k_raw, out=block)
-    for norm, dw in zip((attention.q_norm, attention.k_norm), dws):
+    for norm, dw in zip((attention.q_norm, attention.k_norm, attention.v_norm), (*dws, dwv)):
         if norm is not None and dw is not None and norm.weight.requires_grad:
             add_grad(grads, norm.weight, dw)
     if attention.sinks is not None and attention.sinks.requires_grad:

@@ -46,7 +46,7 @@ def forward(layer: Layer, batch: Batch, x: Tensor, policy: Policy) -> tuple[Tens
 def _tile_forward(layer: Layer, kept: Kept, policy: Policy, rows: slice, y: Tensor) -> None:
     """The rows of y from attention's output on."""
     tile = kept.tile(rows)
-    sn = _between(layer, tile, _flat(layer, kept)[rows])
+    sn = _between(layer, tile, attention_part.gated(layer.attention, kept, rows))
     m, tile.gate_up, tile.p_gate_up, tile.p_down = mlp_part.forward(layer.mlp, sn)
     if layer.post_mlp_norm is not None:
         tile.m, (m, tile.rstd_m) = m, ops.rms_norm_forward(m, layer.post_mlp_norm)
@@ -74,13 +74,8 @@ def _attend(layer: Layer, batch: Batch, kept: Kept, policy: Policy) -> None:
         kept.attention = attention_part.without_graphs(kept.attention)
 
 
-def _flat(layer: Layer, kept: Kept) -> Tensor:
-    """Attention's output [N, HD]."""
-    return kept.attended.reshape(-1, layer.attention.q_width)
-
-
 def _between(layer: Layer, tile: Kept, flat: Tensor) -> Roomy:
-    """From attention's output to sn = norm(x + (norm of) a); drops `a` where the backward has no use for it."""
+    """From attention's gated output to sn = norm(x + (norm of) a); drops `a` where the backward has no use for it."""
     a, tile.p_out = attention_part.output(layer.attention, flat)
     if layer.post_attention_norm is not None:
         tile.a, (a, tile.rstd_a) = a, ops.rms_norm_forward(a, layer.post_attention_norm)
@@ -158,7 +153,7 @@ def _after_attention_backward(layer: Layer, batch: Batch, kept: Kept, policy: Po
 def _tile_backward(layer: Layer, kept: Kept, policy: Policy, rows: slice, gradients: tuple[Roomy, Roomy, Roomy], grads: Grads) -> None:
     """Fill the rows of ds and da from those of dy."""
     dy, ds, da = gradients
-    tile, flat, mlp = kept.tile(rows), _flat(layer, kept)[rows], layer.mlp
+    tile, flat, mlp = kept.tile(rows), attention_part.gated(layer.attention, kept, rows), layer.mlp
     _made_again(layer, tile, flat)
     dm = Roomy.over(dy.buffer, dy.width, mlp.down.rank)
     if layer.post_mlp_norm is not None:

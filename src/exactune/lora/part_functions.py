@@ -45,7 +45,7 @@ class AttentionFunction(torch.autograd.Function):
         kept = Kept(x=x)
         kept.qkv, kept.p_qkv = attention_part.project(attention, batch, _with_room(x, attention.qkv.rank))
         kept.attended, kept.lse, kept.attention = attention_part.attend(attention, batch, kept.qkv)
-        a, kept.p_out = attention_part.output(attention, kept.attended)
+        a, kept.p_out = attention_part.output(attention, attention_part.gated(attention, kept))
         ctx.attention, ctx.batch, ctx.trained, ctx.saved_calls = attention, batch, trained, kept.attention
         ctx.save_for_backward(*kept.tensors())
         return a

@@ -8,6 +8,7 @@ The layer computed is (sandwich norms only where the model has them):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -47,9 +48,40 @@ class Norm:
         return weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.offset if self.offset else weight
 
 
+class HeadOrder:
+    """Which block of head_dim columns of the projections' results each head is: of all queries, then keys, values and the output gate."""
+
+    def __init__(self, blocks: Sequence[int], device: torch.device | str):
+        self.blocks = tuple(blocks)
+        self._heads = torch.tensor(self.blocks, device=device)
+        self._made = self._heads.argsort()
+
+    def to_heads(self, made: Tensor, out: Tensor) -> Tensor:
+        """The projections' results [N, W], head after head, into `out` [N, W]."""
+        return _blocks_of(made, self._heads, out)
+
+    def to_projections(self, heads: Tensor, out: Tensor) -> Tensor:
+        """The other way round."""
+        return _blocks_of(heads, self._made, out)
+
+
+def _blocks_of(columns: Tensor, which: Tensor, out: Tensor) -> Tensor:
+    shape = (len(which), columns.shape[1] // len(which))
+    torch.index_select(columns.unflatten(1, shape), 1, which, out=out.unflatten(1, shape))
+    return out
+
+
+@dataclass(frozen=True)
+class OutputGate:
+    """What multiplies attention's output: `activation` of one column a value (`width` H·D) or one a head (H), behind the values."""
+
+    activation: str
+    width: int
+
+
 @dataclass
 class Attention:
-    """Self-attention: projections, rotary embedding and norms of q and k (see `rotation`), softmax attention, output projection."""
+    """Self-attention: projections, rotary embedding and norms (see `rotation`), softmax attention, output gate, output projection."""
 
     qkv: Group
     out: Group
@@ -65,6 +97,9 @@ class Attention:
     norm_place: NormPlace = "heads"
     tables: Tables = "doubled"
     sinks: Tensor | None = None  # [H], a logit each that carries no value
+    v_norm: Norm | None = None  # of each head
+    order: HeadOrder | None = None  # None: the projections make the queries, then the keys and the values
+    gate: OutputGate | None = None
 
     def bound(self, dtype: torch.dtype) -> Attention:
         """The attention for one pass in `dtype`; see `Group.bound`."""
@@ -74,7 +109,7 @@ class Attention:
         return [self.qkv, self.out]
 
     def norms(self) -> list[Norm]:
-        return [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        return [norm for norm in (self.q_norm, self.k_norm, self.v_norm) if norm is not None]
 
     @property
     def q_width(self) -> int:
@@ -83,6 +118,15 @@ class Attention:
     @property
     def kv_width(self) -> int:
         return self.kv_heads * self.head_dim
+
+    @property
+    def qkv_width(self) -> int:
+        return self.q_width + 2 * self.kv_width
+
+    @property
+    def width(self) -> int:
+        """Columns that the projections make: queries, keys, values and what gates the output."""
+        return self.qkv_width + (self.gate.width if self.gate else 0)
 
 
 @dataclass
@@ -122,7 +166,7 @@ class Layer:
         return [*self.attention.groups(), *self.mlp.groups()]
 
     def norms(self) -> list[Norm]:
-        found = [self.input_norm, self.attention.q_norm, self.attention.k_norm, self.post_attention_norm, self.mlp_norm, self.post_mlp_norm]
+        found = [self.input_norm, *self.attention.norms(), self.post_attention_norm, self.mlp_norm, self.post_mlp_norm]
         return [n for n in found if n is not None]
 
 

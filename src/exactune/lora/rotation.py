@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from exactune.lora import ops
-from exactune.lora.parts import Attention, Batch
+from exactune.lora.parts import Attention, Batch, Norm
 
 
 def tables_for(attention: Attention, cos: Tensor | None, sin: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,6 +40,18 @@ def one_kernel(attention: Attention) -> bool:
     if q is None or k is None or attention.norm_place != "heads" or q.weight is None or k.weight is None:
         return False
     return (q.eps, q.offset, q.cast) == (k.eps, k.offset, k.cast) and q.cast == ("gemma" if q.offset else "llama")
+
+
+def normed_heads(x: Tensor, norm: Norm) -> Tensor:
+    """x [B, T, K, D] after the norm of each head, contiguous."""
+    return ops.rms_norm_forward(x.reshape(-1, x.shape[-1]), norm)[0].view(x.shape)
+
+
+def normed_heads_back(dy: Tensor, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor | None]:
+    """(dx, dweight) of `normed_heads`."""
+    rows = x.reshape(-1, x.shape[-1])
+    dx, dw = ops.rms_norm_backward(dy.reshape(rows.shape), rows, norm, ops.rms_norm_forward(rows, norm)[1])
+    return dx.view(dy.shape), dw
 
 
 def _rows(attention: Attention, heads: Tensor) -> Tensor:

@@ -143,8 +143,9 @@ def _form(reading: Any) -> tuple:
         return _form(reading.attention), _form(reading.mlp), *(_form(norm) for norm in reading.norms())
     if isinstance(reading, Attention):
         bare = replace(reading, sinks=None)
-        choices = (bare.heads, bare.kv_heads, bare.head_dim, bare.scale, bare.rotary_style, bare.window, bare.softcap)
-        return (*choices, bare.norm_place, bare.tables, *(_form(norm) for norm in reading.norms()))
+        choices = (bare.heads, bare.kv_heads, bare.head_dim, bare.scale, bare.rotary_style, bare.window, bare.softcap, bare.gate)
+        order = bare.order and bare.order.blocks
+        return (*choices, order, bare.norm_place, bare.tables, *(_form(norm) for norm in reading.norms()))
     if isinstance(reading, Norm):
         return reading.eps, reading.offset, reading.cast, reading.centred
     return (getattr(reading, "activation", None),)

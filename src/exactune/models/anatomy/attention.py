@@ -7,7 +7,7 @@ shapes allow; the one that fits is read, and proven later.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,16 +17,20 @@ from torch import Tensor
 from exactune.kernels.reference.attention import attention as reference_attention
 from exactune.lora.group import Group
 from exactune.lora.parts import Attention, Batch, Norm, NormPlace, Tables
-from exactune.lora.rotation import tables_for, turn
+from exactune.lora.rotation import normed_heads, tables_for, turn
 from exactune.lora.stacked import Scratch
-from exactune.models.anatomy.mlp import best, explains
+from exactune.models.anatomy.heads import Split, splits_of
+from exactune.models.anatomy.mlp import best, explains, tolerance
 from exactune.models.anatomy.norm import read_norm
-from exactune.models.anatomy.watch import Event, Roles, Trace, Unrecognised, base_of, loudly, read_roles, same_place
+from exactune.models.anatomy.watch import Roles, Trace, Unrecognised, base_of, loudly, read_roles, same_memory
 
 TURNS: tuple[tuple[str, Tables], ...] = (
     ("half", "doubled"), ("interleaved", "doubled"), ("interleaved", "repeated"), ("half", "single"), ("interleaved", "single"),
     ("half", "backwards"), ("none", "doubled"),
 )  # fmt: skip
+
+
+OWN_FORMULA = "attention with a formula of its own"
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def _read_norms(roles: Roles, trace: Trace, head_dim: int) -> Norms:
         norm = read_norm(module, event.x)
         if norm.centred:
             raise Unrecognised("centred norms of queries and keys")
-        source = next((p for p in roles.ins if same_place(event.x, trace.events[p].y)), None)
+        source = next((p for p in roles.ins if same_memory(event.x, trace.events[p].y)), None)
         if source is not None:
             norms.of[source] = norm
             places.add("heads" if event.x.shape[-1] == head_dim else "rows")
@@ -96,71 +100,64 @@ def _read_norms(roles: Roles, trace: Trace, head_dim: int) -> Norms:
     return norms
 
 
-def _orders(roles: Roles, q_width: int) -> Iterator[list[Any]]:
-    """The orders of the input projections in which they may be q, k and v."""
-    if len(roles.ins) == 1:
-        yield roles.ins
-    for order in itertools.permutations(roles.ins) if len(roles.ins) == 3 else ():
-        widths = [base_of(p).out_features for p in order]
-        if widths[0] == q_width and widths[1] == widths[2]:
-            yield list(order)
-
-
 def _with_norms(attention: Attention, order: list[Any], norms: Norms) -> Attention | None:
-    """`attention` with the norms that this order gives q and k; None where it would give one to v."""
+    """`attention` with the norms that this order gives q, k and v; None where it would give one to the gate."""
     if norms.turned:
         pairs = list(norms.turned)
         q = next((norm for heads, norm in pairs if heads == attention.heads), None)
         k = next((norm for heads, norm in reversed(pairs) if heads == attention.kv_heads), None)
         return replace(attention, q_norm=q, k_norm=k, norm_place="turned")
-    if len(order) == 3 and order[2] in norms.of:
+    if not norms.of:
+        return attention
+    q_norm, k_norm, v_norm, gate_norm = (norms.of.get(p) for p in (*order, None, None, None)[:4])
+    if gate_norm is not None or (v_norm is not None and norms.place != "heads"):
         return None
-    q_norm, k_norm = (norms.of.get(order[i]) if len(order) == 3 else None for i in (0, 1))
-    return replace(attention, q_norm=q_norm, k_norm=k_norm, norm_place=norms.place)
+    return replace(attention, q_norm=q_norm, k_norm=k_norm, v_norm=v_norm, norm_place=norms.place)
 
 
-def _hypotheses(module: Any, roles: Roles, norms: Norms, setting: Setting, head_dim: int, scratch: Scratch) -> Iterator[Attention]:
-    heads = base_of(roles.out).in_features // head_dim
-    rows = sum(base_of(p).out_features for p in roles.ins)
-    kv_heads = (rows // head_dim - heads) // 2
-    if (heads + 2 * kv_heads) * head_dim != rows or kv_heads < 1 or heads % kv_heads:
-        raise Unrecognised("projections that do not split into queries, keys and values")
-    scale = getattr(module, "scaling", getattr(module, "scale", None))
-    if any(p.shape != (heads,) for p in roles.own) or len(roles.own) > 1:
-        raise Unrecognised("parameters of its own")
-    own_softcap = [v for k, v in vars(module).items() if "softcap" in k and isinstance(v, float)]
-    softcaps = own_softcap or (None, *setting.softcaps)
-    for order in _orders(roles, heads * head_dim):
-        bare = Attention(
-            qkv=Group(order, scratch),
-            out=Group([roles.out], scratch),
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            scale=float(scale) if isinstance(scale, (int, float)) else head_dim**-0.5,
-            window=setting.window,
-            sinks=roles.own[0] if roles.own else None,
-        )
-        normed = _with_norms(bare, order, norms)
-        for (style, tables), softcap in itertools.product(TURNS, softcaps):
-            if normed is None:
-                break
-            yield replace(normed, rotary_style=style, tables=tables, softcap=softcap)
+def _scales(module: Any, head_dim: int) -> tuple[list[float], list[float]]:
+    """What the module's scores may be multiplied by: the usual, and what else it could be where that does not fit."""
+    said = getattr(module, "scaling", getattr(module, "scale", None))
+    usual = float(said) if isinstance(said, (int, float)) else head_dim**-0.5
+    factors = {v for v in vars(module).values() if isinstance(v, float) and v not in (0.0, 1.0, usual)}
+    return [usual], [1.0, *sorted(usual * factor for factor in factors)]
 
 
-def _explained(attention: Attention, trace: Trace, event: Event, tables: tuple[Tensor, Tensor] | None) -> Tensor:
-    """What the output projection would read under this hypothesis, [B, T, H·D]."""
-    made = torch.cat([trace.events[p].y for p in attention.qkv.modules], -1)
-    heads = made.view(*event.x.shape[:2], -1, attention.head_dim)
-    q, k, v = heads.split([attention.heads, attention.kv_heads, attention.kv_heads], 2)
-    given_cos, given_sin = tables or (None, None)
-    cos, sin = tables_for(attention, given_cos, given_sin, event.x)
-    batch = Batch(event.x.shape[0], event.x.shape[1], cos, sin)
-    q_out, k_out = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k))
-    turn(attention, batch, q.contiguous(), k.contiguous(), q_out, k_out)
-    options: dict[str, Any] = {"window": attention.window, "softcap": attention.softcap, "sinks": attention.sinks}
-    out = reference_attention(q_out, k_out, v, scale=attention.scale, **options)
-    return out.flatten(2)
+Candidate = tuple[Split, Attention]
+
+
+@dataclass
+class Seen:
+    """What is to be explained: the projections' results, the tables that the call was given, and what the output projection read."""
+
+    made: dict[Any, Tensor]
+    tables: tuple[Tensor, Tensor] | None
+    inner: Tensor  # [B, T, H·D]
+
+    def of(self, split: Split) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        return split.parts([self.made[p] for p in split.projections])
+
+    def first_token_fits(self, attention: Attention, split: Split) -> bool:
+        """False where the values and the gate cannot be these: the first token sees nothing but itself."""
+        if attention.sinks is not None:
+            return True
+        _, _, v, gate = self.of(split)
+        v = v if attention.v_norm is None else normed_heads(v, attention.v_norm)
+        out = split.gated(v.repeat_interleave(attention.heads // attention.kv_heads, 2), gate)[:, :1]
+        return explains(out.flatten(2), self.inner[:, :1]) <= 2 * tolerance(self.inner.dtype)
+
+    def error(self, attention: Attention, split: Split) -> float:
+        """How far from `inner` this attention of this split is."""
+        q, k, v, gate = self.of(split)
+        given_cos, given_sin = self.tables or (None, None)
+        cos, sin = tables_for(attention, given_cos, given_sin, self.inner)
+        batch = Batch(self.inner.shape[0], self.inner.shape[1], cos, sin)
+        q_out, k_out = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k))
+        turn(attention, batch, q.contiguous(), k.contiguous(), q_out, k_out)
+        v = v if attention.v_norm is None else normed_heads(v, attention.v_norm)
+        options: dict[str, Any] = {"window": attention.window, "softcap": attention.softcap, "sinks": attention.sinks}
+        out = reference_attention(q_out, k_out, v, scale=attention.scale, **options)
+        return explains(split.gated(out, gate).flatten(2), self.inner)
 
 
 def _turns(attention: Attention, tables: tuple[Tensor, Tensor] | None) -> bool:
@@ -168,6 +165,22 @@ def _turns(attention: Attention, tables: tuple[Tensor, Tensor] | None) -> bool:
     if attention.rotary_style == "none" or tables is None:
         return attention.rotary_style == "none"
     return tables[0].shape[-1] * (2 if attention.tables == "single" else 1) <= attention.head_dim
+
+
+def _found(seen: Seen, candidates: list[Candidate], softcaps: Sequence[float | None], scales: list[float]) -> Attention:
+    """The candidate, turned and scaled in the way that explains what was seen.
+
+    Raises:
+        Unrecognised: none does.
+    """
+    tried: list[Attention] = []
+    errors: dict[int, float] = {}
+    for (split, attention), (style, tables), softcap, scale in itertools.product(candidates, TURNS, softcaps, scales):
+        attention = replace(attention, rotary_style=style, tables=tables, softcap=softcap, scale=scale)
+        if _turns(attention, seen.tables):
+            errors[len(tried)] = seen.error(attention, split)
+            tried.append(attention)
+    return tried[best(errors, seen.inner, OWN_FORMULA)]
 
 
 @torch.no_grad()
@@ -180,16 +193,42 @@ def read_attention(module: Any, trace: Trace, setting: Setting, scratch: Scratch
     roles = read_roles(module, trace)
     trace, _ = loudly(module, trace)
     event, inner = trace.events[module], trace.events[roles.out].x
-    if event.x.dim() != 3 or inner.dim() != 3 or len(roles.ins) not in (1, 3):
+    if event.x.dim() != 3 or inner.dim() != 3 or len(roles.ins) not in (1, 3, 4):
         raise Unrecognised("other projections than queries, keys and values")
-    tables = positions_of(event.kwargs)
+    if any(isinstance(value, dict) and value for value in event.kwargs.values()):
+        raise Unrecognised("states that it leaves for other layers")
     head_dim = _head_dim(module, setting, roles.out)
+    heads = inner.shape[-1] // head_dim
+    if any(p.shape != (heads,) for p in roles.own) or len(roles.own) > 1:
+        raise Unrecognised("parameters of its own")
+    seen = Seen({p: trace.events[p].y for p in roles.ins}, positions_of(event.kwargs), inner)
     norms = _read_norms(roles, trace, head_dim)
-    found: list[Attention] = []
-    errors: dict[int, float] = {}
-    for attention in _hypotheses(module, roles, norms, setting, head_dim, scratch):
-        if not _turns(attention, tables):
-            continue
-        errors[len(found)] = explains(_explained(attention, trace, event, tables), inner)
-        found.append(attention)
-    return found[best(errors, inner, "attention with a formula of its own")]
+    candidates: list[Candidate] = []
+    for split in splits_of(roles.ins, heads, head_dim):
+        bare = _bare(split, roles, setting, scratch)
+        attention = _with_norms(bare, split.projections, norms)
+        if attention is not None and seen.first_token_fits(attention, split):
+            candidates.append((split, attention))
+    own_softcap = [v for k, v in vars(module).items() if "softcap" in k and isinstance(v, float)]
+    softcaps: Sequence[float | None] = own_softcap or [None, *setting.softcaps]
+    usual, others = _scales(module, head_dim)
+    try:
+        return _found(seen, candidates, softcaps, usual)
+    except Unrecognised:
+        return _found(seen, candidates, softcaps, others)
+
+
+def _bare(split: Split, roles: Roles, setting: Setting, scratch: Scratch) -> Attention:
+    """The attention of a split, before norms, rotation and scale are known."""
+    return Attention(
+        qkv=Group(split.projections, scratch),
+        out=Group([roles.out], scratch),
+        heads=split.heads,
+        kv_heads=split.kv_heads,
+        head_dim=split.head_dim,
+        scale=1.0,
+        window=setting.window,
+        sinks=roles.own[0] if roles.own else None,
+        order=split.order,
+        gate=split.gate,
+    )

@@ -129,6 +129,11 @@ def same_place(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
 
 
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """True where two tensors are one, or views of parts of one."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 @dataclass
 class Roles:
     """The projections of a module: those that read its input, and the one whose result is its own."""
