@@ -1,6 +1,8 @@
 """Elementary functions in float32 to about an ulp, for use inside kernels.
 
 `tl.exp` rounds x log2(e) before it raises 2 to it and loses as many ulp as x is large, and two more; the same in 16 bits is beneath notice.
+A quotient and a reciprocal root are two ulp off as the hardware takes them. One of them scales a whole row, and a row's values are of like
+size, so that a model's rows are off to the same side: a bias, which nothing averages out.
 """
 
 from __future__ import annotations
@@ -40,3 +42,15 @@ def tanh(x):
     magnitude = tl.abs(x)
     far = 1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)
     return tl.where(magnitude < 0.625, series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def mean(total, count):
+    """`total` of `count` values (an integer), divided by it and rounded."""
+    return tl.div_rn(total, count * 1.0)
+
+
+@triton.jit
+def reciprocal_root(x):
+    """1 / sqrt(x), both steps rounded."""
+    return tl.div_rn(1.0, tl.sqrt_rn(x))

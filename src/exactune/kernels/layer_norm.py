@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from exactune.device import kernels_run_on
 from exactune.kernels import reference
+from exactune.kernels.functions import mean, reciprocal_root
 from exactune.kernels.launch import Aot, next_power_of_2, on_device, out_like, row_stride, row_warps, rows_of, signature_of
 
 DW_PROGRAMS = 512  # first-stage sums of dw and db
@@ -28,7 +29,7 @@ DW_PROGRAMS = 512  # first-stage sums of dw and db
 def recentred(centred, mask, E):
     """x - m with the rounding of m taken out again: where m is large beside the deviations, that rounding shows in every value."""
     centred = tl.where(mask, centred, 0.0)
-    return tl.where(mask, centred - tl.sum(centred, axis=0) / E, 0.0)
+    return tl.where(mask, centred - mean(tl.sum(centred, axis=0), E), 0.0)
 
 
 @triton.jit
@@ -39,10 +40,10 @@ def _layer_norm_fwd_kernel(
     offs = tl.arange(0, BLOCK_E)
     mask = offs < E
     x = tl.load(x_ptr + row * x_stride + offs, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, axis=0) / E
-    centred = recentred(x - mean, mask, E)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=0) / E + eps)
-    tl.store(mean_ptr + row, mean)
+    centre = mean(tl.sum(x, axis=0), E)
+    centred = recentred(x - centre, mask, E)
+    rstd = reciprocal_root(mean(tl.sum(centred * centred, axis=0), E) + eps)
+    tl.store(mean_ptr + row, centre)
     tl.store(rstd_ptr + row, rstd)
     y = centred * rstd
     if weight_ptr is not None:
@@ -73,7 +74,7 @@ def _layer_norm_bwd_kernel(
         g = dy
         if weight_ptr is not None:
             g = dy * weight
-        dx = rstd * (g - tl.sum(g, axis=0) / E - normed * (tl.sum(g * normed, axis=0) / E))
+        dx = rstd * (g - mean(tl.sum(g, axis=0), E) - normed * mean(tl.sum(g * normed, axis=0), E))
         if dres_ptr is not None:
             dx += tl.load(dres_ptr + row * dres_stride + offs, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + row * dx_stride + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)

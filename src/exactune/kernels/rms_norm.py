@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from exactune.device import kernels_run_on
 from exactune.kernels import reference
+from exactune.kernels.functions import mean, reciprocal_root
 from exactune.kernels.launch import Aot, next_power_of_2, on_device, out_like, row_stride, row_warps, rows_of, signature_of
 from exactune.kernels.reference.norm import NormCast
 
@@ -44,7 +45,7 @@ def _rms_norm_fwd_kernel(
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * sum_stride + offs, x, mask=mask)
     wide = x.to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(wide * wide, axis=0) / E + eps)
+    rstd = reciprocal_root(mean(tl.sum(wide * wide, axis=0), E) + eps)
     tl.store(rstd_ptr + row, rstd)
     normed = wide * rstd
     if ROUND_FIRST:
@@ -75,7 +76,7 @@ def _rms_norm_bwd_kernel(
         g = dy
         if weight_ptr is not None:
             g = dy * weight
-        dx = rstd * (g - normed * (tl.sum(g * normed, axis=0) / E))
+        dx = rstd * (g - normed * mean(tl.sum(g * normed, axis=0), E))
         if dres_ptr is not None:
             dx += tl.load(dres_ptr + row * dres_stride + offs, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + row * dx_stride + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from exactune.device import kernels_run_on
 from exactune.kernels import reference
+from exactune.kernels.functions import mean, reciprocal_root
 from exactune.kernels.launch import Aot, next_power_of_2, on_device, signature_of
 from exactune.kernels.reference.rotary import RotaryStyle
 
@@ -64,7 +65,7 @@ def _turn_heads(
         squares = tl.sum(x1 * x1 + x2 * x2, axis=1)
         if BLOCK_TAIL > 0:
             squares += tl.sum(rest * rest, axis=1)
-        rstd = tl.rsqrt(squares / D + eps)[:, None]
+        rstd = reciprocal_root(mean(squares, D) + eps)[:, None]
         x1 *= rstd * (offset + tl.load(weight_ptr + col1, mask=pair < half, other=0.0).to(tl.float32))
         x2 *= rstd * (offset + tl.load(weight_ptr + col2, mask=pair < half, other=0.0).to(tl.float32))
         if BLOCK_TAIL > 0:

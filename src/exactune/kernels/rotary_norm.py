@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from exactune.device import kernels_run_on
 from exactune.kernels import reference
+from exactune.kernels.functions import mean, reciprocal_root
 from exactune.kernels.launch import Aot, next_power_of_2, on_device, signature_of
 from exactune.kernels.reference.rotary import RotaryStyle
 from exactune.kernels.rotary import (
@@ -80,8 +81,8 @@ def _unturn_and_unnorm(
             x3 = tl.load(x + tail, mask=mask_tail, other=0.0).to(tl.float32)
             squares += tl.sum(x3 * x3, axis=1)
             along += tl.sum(dn3 * w3 * x3, axis=1)
-        rstd = tl.rsqrt(squares / D + eps)[:, None]
-        pull = along[:, None] * rstd * rstd / D
+        rstd = reciprocal_root(mean(squares, D) + eps)[:, None]
+        pull = mean(along[:, None] * rstd * rstd, D)
         tl.store(dx + col1, (rstd * (dn1 * w1 - x1 * pull)).to(dtype), mask=mask)
         tl.store(dx + col2, (rstd * (dn2 * w2 - x2 * pull)).to(dtype), mask=mask)
         if BLOCK_TAIL > 0:
