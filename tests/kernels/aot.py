@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -73,6 +74,13 @@ def ptxas_report(ptx: str, arch: int) -> tuple[int, int]:
     return max(map(int, re.findall(r"Used (\d+) registers", log))), max(spills)
 
 
+def places(signature: dict, names: list[str]) -> Iterator[tuple[tuple[int, ...], str]]:
+    """(position, type) of each argument, and of each member of an argument that is a tuple."""
+    for i, name in enumerate(names):
+        kind = signature[name]
+        yield from (((i, j), each) for j, each in enumerate(kind)) if isinstance(kind, tuple) else [((i,), kind)]
+
+
 def compile_one(row: Aot, target: int | str) -> Compiled:
     """Compile one configuration for one target; a failure is data, not an exception."""
     import triton
@@ -87,7 +95,7 @@ def compile_one(row: Aot, target: int | str) -> Compiled:
     if target == 75:  # Turing has no bfloat16: nobody computes in it there
         signature = {name: "*fp16" if kind == "*bf16" else kind for name, kind in signature.items()}
     # As at run time for a real model: allocations, dimensions and strides are multiples of 16, which Triton notices and uses.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] in "*i"}
+    aligned = {place: [["tt.divisibility", 16]] for place, kind in places(signature, names) if kind[0] in "*i"}
     source = ASTSource(fn=row.fn, signature=signature, constexprs=row.constexprs, attrs=aligned)
     stages = row.num_stages if nvidia else min(row.num_stages, 2)  # as `launch.stages_for`
     try:

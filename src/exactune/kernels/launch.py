@@ -15,13 +15,13 @@ from torch import Tensor
 class Aot:
     """One configuration of a kernel that the tests compile ahead of time for every GPU we name.
 
-    `signature` gives Triton's type of each runtime argument (`"*bf16"`, `"i32"`, `"i64"`, `"fp32"`), `constexprs` the value of each
+    `signature` gives Triton's type of each runtime argument (`"*bf16"`, `"i32"`, `"fp32"`, a tuple of them), `constexprs` the value of each
     compile-time one.
     """
 
     name: str
     fn: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, str | tuple[str, ...]]
     constexprs: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3

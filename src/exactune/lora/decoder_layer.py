@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from exactune.lora import attention_part, mlp_part, ops
+from exactune.lora.gradients import FEW_ROWS
 from exactune.lora.group import Grads, NormedInput, Roomy, add_grad, filled_once
 from exactune.lora.kept import AFTER_ATTENTION, DROPPED, TENSORS, Kept
 from exactune.lora.parts import Batch, Layer, Norm
@@ -121,7 +122,7 @@ def _with_room(layer: Layer, batch: Batch, dy: Tensor) -> Roomy:
 
 def backward(layer: Layer, batch: Batch, kept: Kept, policy: Policy, dy: Tensor, *, need_dx: bool) -> tuple[Tensor | None, Grads]:
     """(dx [N, E], the gradient of each trained parameter) from dy [N, E]."""
-    grads: Grads = {}
+    grads = Grads(together=not batch.tiled and batch.n <= FEW_ROWS)  # tiles overwrite what a product reads
     if kept.qkv is DROPPED:
         _attention_inputs(layer, batch, kept)
     if kept.attended is DROPPED:
@@ -137,7 +138,7 @@ def backward(layer: Layer, batch: Batch, kept: Kept, policy: Policy, dy: Tensor,
     dx = (ds if batch.tiled else Roomy.shaped_as(kept.x, _room(layer))) if need_dx else None
     _inputs_backward(layer, batch, kept, dpacked, ds, dx, grads)
     batch.handed = dx
-    return None if dx is None else dx.data, grads
+    return None if dx is None else dx.data, grads.settle()
 
 
 def _after_attention_backward(layer: Layer, batch: Batch, kept: Kept, policy: Policy, dy: Roomy, ds: Roomy, grads: Grads) -> Roomy:

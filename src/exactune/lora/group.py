@@ -18,26 +18,16 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from exactune.lora import ops
+from exactune.lora.gradients import Grads, NormedInput, RankProduct, add_grad
 from exactune.lora.live import Projection, read_projection
 from exactune.lora.stacked import Scratch, StackedWeight
 
-if TYPE_CHECKING:
-    from exactune.lora.parts import Norm
-
-Grads = dict[Tensor, Tensor]  # parameter -> its gradient so far, in its own dtype or a wider one
-
-
-def add_grad(grads: Grads, parameter: Tensor, grad: Tensor) -> None:
-    """Add the gradient that one tile of tokens gives; the sum of several is kept in float32 or wider."""
-    known = grads.get(parameter)
-    grads[parameter] = grad if known is None else known.to(torch.promote_types(known.dtype, torch.float32)) + grad
+__all__ = ["Grads", "Group", "NormedInput", "Roomy", "add_grad", "filled_once"]  # some are found here by the parts
 
 
 class Roomy:
@@ -84,19 +74,6 @@ class Roomy:
 def roomy_width(width: int, room: int) -> int:
     """Columns of the buffer behind an activation [N, width]."""
     return -(-(width + room) // 16) * 16
-
-
-@dataclass
-class NormedInput:
-    """A group's input that is a norm of x [N, E] and was not kept: `diag(rstd) x diag(weight)`."""
-
-    x: Tensor
-    rstd: Tensor
-    norm: Norm
-
-    def formed(self) -> Tensor:
-        """The input itself, computed as in the forward pass."""
-        return ops.rms_norm_forward(self.x, self.norm)[0]
 
 
 class Group:
@@ -241,51 +218,50 @@ class Group:
         `da` [R, I] and `db` ([O_i, R_i] each) give P'ᵀ x and dyᵀ P where a kernel has summed them already (x may then be None).
         """
         if self.rank:
-            if da is None:
-                assert x is not None
-                da = self._rank_first(p_dy, x) if not self.dropout else self._rank_first_dropped(p_dy, x)
-            db = self._blocks(ops.rank_grad(dy, p)) if db is None else db
-            rank = 0
-            for projection, own in zip(self.projections, db):
-                if projection.adapter is not None:
-                    a, b = projection.adapter.a, projection.adapter.b
-                    add_grad(grads, a, da[rank : rank + a.shape[0]])
-                    scale = projection.adapter.scale
-                    add_grad(grads, b, own if scale == 1.0 else own * scale)
-                    rank += a.shape[0]
+            self._record_a(grads, p_dy, x, da)
+            self._record_b(grads, dy, p, db)
         if self.trains_base:
             assert x is not None
             self._record_base(grads, dy, x.formed() if isinstance(x, NormedInput) else x)
 
-    @staticmethod
-    def _rank_first(p_dy: Tensor, x: Tensor | NormedInput) -> Tensor:
-        """P'ᵀ x [R, I]. A normed input need not be formed: P'ᵀ diag(rstd) x diag(w) = ((P' ∘ rstd)ᵀ x) ∘ w."""
-        if isinstance(x, Tensor):
-            return ops.rank_grad(p_dy, x)
-        scaled = torch.mul(p_dy, x.rstd[:, None], out=torch.empty_like(p_dy, memory_format=torch.contiguous_format))  # rounded once
-        return ops.rank_grad(scaled, x.x) * x.norm.column_scale()
+    def _record_a(self, grads: Grads, p_dy: Tensor, x: Tensor | NormedInput | None, da: Tensor | None) -> None:
+        factors = [projection.adapter.a for projection in self.projections if projection.adapter is not None]
+        if da is None:
+            assert x is not None
+            if not self.dropout:
+                grads.add_product(RankProduct(p_dy, x), factors)
+                return
+            da = self._rank_first_dropped(p_dy, x)
+        row = 0
+        for a in factors:
+            grads.add(a, da[row : row + a.shape[0]])
+            row += a.shape[0]
+
+    def _record_b(self, grads: Grads, dy: Tensor, p: Tensor, db: list[Tensor] | None) -> None:
+        if db is None and not grads.together:
+            whole = ops.rank_grad(dy, p)  # one product for all, of which the blocks on the diagonal are wanted
+            db = [whole[rows, ranks] for rows, ranks in self.stack.places()]
+        for index, (projection, (rows, ranks)) in enumerate(zip(self.projections, self.stack.places())):
+            if projection.adapter is None:
+                continue
+            b, scale = projection.adapter.b, projection.adapter.scale
+            if db is None:
+                grads.add_product(RankProduct(p[:, ranks], dy[:, rows], scale, transposed=True), [b])
+            else:
+                grads.add(b, db[index] if scale == 1.0 else db[index] * scale)
 
     def _rank_first_dropped(self, p_dy: Tensor, x: Tensor | NormedInput) -> Tensor:
         """P'ᵀ x [R, I] where each adapter has seen its own x."""
         formed = x.formed() if isinstance(x, NormedInput) else x
         return torch.cat([ops.rank_grad(p_dy[:, ranks], own(formed)) for ranks, own in self._dropping()])
 
-    def _blocks(self, db: Tensor) -> list[Tensor]:
-        """The diagonal blocks [O_i, R_i] of dyᵀ P [O, R]."""
-        blocks = []
-        row = rank = 0
-        for rows, ranks in zip(self.stack.rows, self.stack.ranks):
-            blocks.append(db[row : row + rows, rank : rank + ranks])
-            row, rank = row + rows, rank + ranks
-        return blocks
-
     def _record_base(self, grads: Grads, dy: Tensor, x: Tensor) -> None:
         for projection, own in zip(self.projections, dy.split(self.stack.rows, dim=1)):
             weight, bias = projection.base.weight, projection.base.bias
             if weight.requires_grad:
-                add_grad(grads, weight, own.t() @ x)
+                grads.add(weight, own.t() @ x)
             if bias is not None and bias.requires_grad:
-                add_grad(grads, bias, own.sum(0, dtype=torch.promote_types(own.dtype, torch.float32)))
+                grads.add(bias, own.sum(0, dtype=torch.promote_types(own.dtype, torch.float32)))
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from exactune.kernels.reference.gated import GateKind
 from exactune.kernels.reference.rotary import rotary as reference_rotary
 
 if TYPE_CHECKING:
+    from exactune.lora.gradients import RankProduct
     from exactune.lora.live import Adapter
     from exactune.lora.parts import Attention, Batch, Norm
 
@@ -29,7 +30,9 @@ if has_triton():  # the modules below import it; without it everything here runs
     from exactune.kernels import copy_rows as rows_kernel
     from exactune.kernels import dropout as dropout_kernel
     from exactune.kernels import layer_norm as layer_norm_kernel
+    from exactune.kernels import rank_products as rank_products_kernel
     from exactune.kernels import rms_norm as rms_norm_kernel
+    from exactune.kernels.launch import tensor_cores
 
 
 def gradients(fn: Callable, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -45,6 +48,40 @@ def rank_grad(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a.t(), b, out_dtype=torch.float32)
     return a.t() @ b
+
+
+def rank_products(products: Sequence[RankProduct]) -> list[Tensor]:
+    """The result of each product, float32 (float64 for float64), contiguous; several of 16-bit activations by one launch."""
+    if len(products) > 1 and kernels_run_on(products[0].p.device):
+        p = products[0].p
+        if p.dtype in (torch.bfloat16, torch.float16) and tensor_cores(p):
+            return _rank_products_together(products)
+    return [_rank_product(product) for product in products]
+
+
+def _rank_product(product: RankProduct) -> Tensor:
+    p, x = product.p, product.x
+    if isinstance(x, Tensor):
+        result = rank_grad(x, p) if product.transposed else rank_grad(p, x)
+    else:  # the norm need not be formed: pᵀ diag(rstd) x diag(w) = ((p ∘ rstd)ᵀ x) ∘ w
+        scaled = torch.mul(p, x.rstd[:, None], out=torch.empty_like(p, memory_format=torch.contiguous_format))  # rounded once
+        result = rank_grad(scaled, x.x) * x.norm.column_scale()
+    return result if product.scale == 1.0 else result * product.scale
+
+
+def _rank_products_together(products: Sequence[RankProduct]) -> list[Tensor]:
+    results, launched = [], []
+    for product in products:
+        p, x = product.p, product.x
+        norm = None if isinstance(x, Tensor) else x.norm
+        rows, rstd = (x, None) if isinstance(x, Tensor) else (x.x, x.rstd)
+        sizes = (p.shape[1], rows.shape[1])
+        results.append(torch.empty(sizes[::-1] if product.transposed else sizes, dtype=torch.float32, device=p.device))
+        out = results[-1].t() if product.transposed else results[-1]
+        weight, offset = (None, 0.0) if norm is None else (norm.weight.detach(), norm.offset)
+        launched.append(rank_products_kernel.Product(p, rows, out, product.scale, rstd, weight, offset))
+    rank_products_kernel.rank_products(launched)
+    return results
 
 
 def _into(out: Tensor | None, y: Tensor) -> Tensor:

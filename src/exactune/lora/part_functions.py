@@ -54,7 +54,7 @@ class AttentionFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, da: Tensor) -> tuple:
         kept = Kept.of(ctx.saved_tensors, ctx.saved_calls)
-        grads: Grads = {}
+        grads = Grads()
         with torch.autocast(da.device.type, enabled=False):
             room = _with_room(da, ctx.attention.out.rank)
             dx = attention_part.backward(ctx.attention, kept.x, ctx.batch, kept, room, grads, need_dx=ctx.needs_input_grad[2])
@@ -76,7 +76,7 @@ class MlpFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dm: Tensor) -> tuple:
         kept = Kept.of(ctx.saved_tensors, ())
-        grads: Grads = {}
+        grads = Grads()
         with torch.autocast(dm.device.type, enabled=False):
             dx = mlp_part.backward(ctx.mlp, kept.s, kept, _with_room(dm, ctx.mlp.down.rank), grads)
         return None, dx, *_collected(ctx, grads)
@@ -96,7 +96,7 @@ class PlainMlpFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dm: Tensor) -> tuple:
         x, *kept = ctx.saved_tensors
-        grads: Grads = {}
+        grads = Grads()
         with torch.autocast(dm.device.type, enabled=False):
             dx = plain_mlp.backward(ctx.mlp, x, KeptPlain(*kept), _with_room(dm, ctx.mlp.down.rank), grads)
         return None, dx, *_collected(ctx, grads)
@@ -117,7 +117,7 @@ class ProjectionFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x, p = ctx.saved_tensors
-        grads: Grads = {}
+        grads = Grads()
         with torch.autocast(dy.device.type, enabled=False):
             room = _with_room(dy, ctx.group.rank)
             dx = ctx.group.backward_input(room) if ctx.needs_input_grad[1] else ctx.group.backward_rank(room)

@@ -72,6 +72,11 @@ class StackedWeight:
     def outputs(self) -> int:
         return sum(self.rows)
 
+    def places(self) -> list[tuple[slice, slice]]:
+        """(rows, ranks) of each projection."""
+        starts = zip(self._starts(self.rows), self.rows, self._starts(self.ranks), self.ranks)
+        return [(slice(row, row + rows), slice(rank, rank + ranks)) for row, rows, rank, ranks in starts]
+
     def empty_buffer(self) -> Tensor:
         return torch.zeros(self.outputs + self.rank, self.inputs + self.rank, dtype=self.dtype, device=self.device)
 

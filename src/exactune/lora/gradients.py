@@ -1,0 +1,79 @@
+"""The gradients that one backward pass collects, and the skinny products among them that a small batch makes together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from exactune.lora import ops
+
+if TYPE_CHECKING:
+    from exactune.lora.parts import Norm
+
+FEW_ROWS = 2048  # up to here a product takes less time than the launches around it; what waits for its turn is small
+
+
+@dataclass
+class NormedInput:
+    """A group's input that is a norm of x [N, E] and was not kept: `diag(rstd) x diag(weight)`."""
+
+    x: Tensor
+    rstd: Tensor
+    norm: Norm
+
+    def formed(self) -> Tensor:
+        """The input itself, computed as in the forward pass."""
+        return ops.rms_norm_forward(self.x, self.norm)[0]
+
+
+@dataclass(frozen=True)
+class RankProduct:
+    """`scale * pᵀ x` [R, K] of p [N, R] and x [N, K] or a norm's result; [K, R] if `transposed`."""
+
+    p: Tensor
+    x: Tensor | NormedInput
+    scale: float = 1.0
+    transposed: bool = False
+
+
+class Grads(dict[Tensor, Tensor]):
+    """Parameter -> its gradient so far, in its own dtype or a wider one.
+
+    `together`: products wait until `settle`, and what they read may not be overwritten before.
+    """
+
+    def __init__(self, *, together: bool = False):
+        super().__init__()
+        self.together = together
+        self._waiting: list[tuple[RankProduct, Sequence[Tensor]]] = []
+
+    def add(self, parameter: Tensor, grad: Tensor) -> None:
+        """Add the gradient that one tile of tokens gives; the sum of several is kept in float32 or wider."""
+        known = self.get(parameter)
+        self[parameter] = grad if known is None else known.to(torch.promote_types(known.dtype, torch.float32)) + grad
+
+    def add_product(self, product: RankProduct, parameters: Sequence[Tensor]) -> None:
+        """Add a product whose rows are the gradients of `parameters`, one after another."""
+        self._waiting.append((product, parameters))
+        if not self.together:
+            self.settle()
+
+    def settle(self) -> Grads:
+        """Compute what waits; returns itself."""
+        products = [product for product, _ in self._waiting]
+        for result, (_, parameters) in zip(ops.rank_products(products), self._waiting):
+            row = 0
+            for parameter in parameters:
+                self.add(parameter, result[row : row + parameter.shape[0]])
+                row += parameter.shape[0]
+        self._waiting.clear()
+        return self
+
+
+def add_grad(grads: Grads, parameter: Tensor, grad: Tensor) -> None:
+    """`grads.add`."""
+    grads.add(parameter, grad)

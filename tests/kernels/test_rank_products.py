@@ -1,0 +1,90 @@
+"""Several rank-first gradients by one launch, against torch's own products."""
+
+import pytest
+import torch
+
+from exactune.kernels.rank_products import MOST, Product, rank_products
+from parity import assert_parity, in_wide, nan_columns, only_columns_written
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def plain(p, x, scale=1.0, rstd=None, weight=None, offset=0.0):
+    """As the stock order rounds: P ∘ r once, the sum at the end."""
+    p = p if rstd is None else (p * rstd[:, None]).to(p.dtype)
+    wide = torch.promote_types(p.dtype, torch.float32)
+    product = scale * (p.to(wide).T @ x.to(wide))
+    return product if weight is None else product * (offset + weight.to(wide))
+
+
+def fast(p, x, scale=1.0, rstd=None, weight=None, offset=0.0):
+    out = torch.empty(p.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+    rank_products([Product(p, x, out, scale, rstd, weight, offset)])
+    return out
+
+
+@pytest.mark.parametrize("N, K, R", [(1, 16, 16), (63, 70, 8), (200, 33, 100), (130, 64, 48), (17, 300, 1)])
+def test_one_product(device, dtype, N, K, R):
+    inputs = {"p": normal(N, R), "x": normal(N, K, seed=1)}
+    assert_parity(lambda p, x: fast(p, x, 0.5), lambda p, x: plain(p, x, 0.5).float(), inputs, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_an_input_that_is_a_norm(device, dtype, offset):
+    inputs = {"p": normal(100, 24), "x": normal(100, 90, seed=1), "weight": normal(90, seed=2), "rstd": 0.5 + normal(100, seed=3).abs()}
+
+    def with_offset(product):
+        return lambda p, x, weight, rstd: product(p, x, 1.0, rstd, weight, offset)
+
+    assert_parity(with_offset(fast), with_offset(plain), inputs, dtype=dtype, device=device, keep={"rstd": torch.float32})
+
+
+@pytest.mark.parametrize("count", [3, MOST, MOST + 2])
+def test_many_of_different_sizes_scales_and_places(device, dtype, count):
+    N, products, expected = 70, [], []
+    for i in range(count):
+        R, K = (16, 5, 80)[i % 3], (40, 130, 7, 64)[i % 4]
+        p, x = (in_wide(normal(N, width, seed=2 * i + j).to(device, dtype)) for j, width in enumerate((R, K)))
+        normed = {"rstd": normal(N, seed=i).abs().to(device), "weight": normal(K, seed=i).to(device, dtype), "offset": 1.0}
+        normed = normed if i % 2 else {}
+        out = nan_columns(K, R, dtype=torch.float32, device=device).t() if i % 3 else nan_columns(R, K, dtype=torch.float32, device=device)
+        products.append(Product(p, x, out, 1.0 + i, **normed))
+        expected.append(plain(p, x, 1.0 + i, **normed))
+    rank_products(products)
+    for product, want in zip(products, expected, strict=True):
+        torch.testing.assert_close(product.out, want, rtol=1e-4, atol=1e-3)
+        assert only_columns_written(product.out if product.out.stride(1) == 1 else product.out.t())
+
+
+def test_a_narrow_result_is_rounded_once(device):
+    p, x = normal(50, 8).to(device), normal(50, 20, seed=1).to(device)
+    out = torch.empty(8, 20, dtype=torch.float16, device=device)
+    rank_products([Product(p, x, out)])
+    torch.testing.assert_close(out, plain(p, x).half(), rtol=1e-3, atol=1e-5)
+
+
+def test_no_products(device):
+    rank_products([])
+
+
+@pytest.mark.gpu
+def test_a_layer_of_a_1b_model():
+    """Eight products as a layer of Llama 3.2 1B has them, against float64, no further off than cuBLAS."""
+    N, E, dtype = 512, 2048, torch.bfloat16
+    products, exact, cublas = [], [], []
+    for i, (R, K, normed) in enumerate(
+        [(16, E, 0), (32, E, 1), (16, E, 0), (16, E, 0), (48, E, 1), (16, E, 0), (16, 512, 0), (16, 512, 0)]
+    ):
+        p, x = normal(N, R, seed=i).to("cuda", dtype), normal(N, K, seed=i + 50).to("cuda", dtype)
+        given = {"rstd": normal(N, seed=i).abs().cuda(), "weight": normal(K, seed=i).to("cuda", dtype)} if normed else {}
+        products.append(Product(p, x, torch.empty(R, K, device="cuda"), **given))
+        exact.append(plain(p, x, **given).double() if normed else p.double().T @ x.double())
+        cublas.append(plain(p, x, **given))
+    rank_products(products)
+    once = [product.out.clone() for product in products]
+    rank_products(products)
+    for product, before, want, stock in zip(products, once, exact, cublas, strict=True):
+        assert torch.equal(product.out, before)
+        assert (product.out - want).norm() <= 1.5 * (stock - want).norm() + 1e-5 * want.norm()
