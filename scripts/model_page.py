@@ -20,12 +20,17 @@ taken by the stock and by the accelerated model: with LoRA on the linear layers 
 weight trained. *Error* is the largest relative difference among the loss, the logits and each gradient of all these steps; the stock
 norms compute in float32 whatever the dtype, so about 1e-7 is equality. *Undo* is bitwise, *generate* token for token.
 {gpu}
-{passed} of {built} types that build agree in all of that; in {whole} of them attention, MLP, norms and head are all fused. What is
+{passed} of {built} types that build agree in all of that; in {whole} of them attention, MLP or
+experts, norms and head are all fused (recurrent parts are stock, their projections and norms fused one by one). What is
 not recognised, or is not proven, runs as the stock model has it, and `exactune.accelerate(model).summary()` names it.
 
-| type | whole layers | attention | MLP | norms | single projections | head | error | undo | generate |{gpu_columns} stock, and why |
-|---|---|---|---|---|---|---|---|---|---|{gpu_rule}---|
+{columns}
+{rule}
 """
+COLUMNS = (
+    "type", "whole layers", "attention", "recurrent", "MLP", "experts", "norms", "single projections", "head", "error", "undo", "generate",
+)  # fmt: skip
+GPU_COLUMNS = ("fp32: ours / stock", "bf16: ours / stock")
 GPU = """
 *fp32* and *bf16* are the same step on one {gpu} (transformers {transformers}), through the kernels: how far the gradients are
 from those in the next wider dtype, beside how far the stock model's own are. {passed} of {rows} are no further than {ratio} times that.
@@ -46,9 +51,10 @@ def passed(row: dict[str, Any]) -> bool:
 
 
 def all_fused(row: dict[str, Any]) -> bool:
-    """True where attention, MLP, norms and head all run fused."""
-    whole = all(row[kind].split("/")[0] == row[kind].split("/")[1] != "0" for kind in ("attention", "mlp", "norm"))
-    return whole and row["head"] == "fused"
+    """True where attention, MLP (or experts), norms and head all run fused; what is recurrent is not asked about."""
+    counts = {kind: tuple(map(int, row[kind].split("/"))) for kind in ("attention", "mlp", "experts", "norm")}
+    present = counts["attention"][1] and counts["norm"][1] and counts["mlp"][1] + counts["experts"][1]
+    return bool(present) and all(fused == number for fused, number in counts.values()) and row["head"] == "fused"
 
 
 def _gpu_cells(row: dict[str, Any] | None) -> list[str]:
@@ -61,7 +67,7 @@ def _gpu_cells(row: dict[str, Any] | None) -> list[str]:
 
 def _line(row: dict[str, Any], gpu: dict[str, Any] | None) -> str:
     reasons = "; ".join(f"{kind}: {', '.join(why)}" for kind, why in row["stock"].items())
-    counts = [row[kind].replace("0/0", "–") for kind in ("layers", "attention", "mlp", "norm", "projection")]
+    counts = [row[kind].replace("0/0", "–") for kind in ("layers", "attention", "recurrent", "mlp", "experts", "norm", "projection")]
     generate = {True: "✓", False: "✗", None: "–"}[row["generate"]]
     mark = row["type"] if passed(row) else f"{row['type']} ✗"
     cells = [mark, *counts, row["head"], f"{max(errors_of(row)):.0e}", "✓" if row["undo"] else "✗", generate]
@@ -69,12 +75,11 @@ def _line(row: dict[str, Any], gpu: dict[str, Any] | None) -> str:
     return "| " + " | ".join([*cells, reasons]) + " |\n"
 
 
-def _gpu_text(found: dict[str, Any] | None) -> dict[str, str]:
+def _gpu_text(found: dict[str, Any] | None) -> str:
     if found is None:
-        return {"gpu": "", "gpu_columns": "", "gpu_rule": ""}
+        return ""
     rows, names = found["rows"], {name: found[name] for name in ("gpu", "transformers")}
-    text = GPU.format(**names, passed=sum(map(passed, rows)), rows=len(rows) + len(found["failed"]), ratio=RATIO)
-    return {"gpu": text, "gpu_columns": " fp32: ours / stock | bf16: ours / stock |", "gpu_rule": "---|---|"}
+    return GPU.format(**names, passed=sum(map(passed, rows)), rows=len(rows) + len(found["failed"]), ratio=RATIO)
 
 
 def page(found: dict[str, Any], on_gpu: dict[str, Any] | None = None) -> str:
@@ -83,7 +88,10 @@ def page(found: dict[str, Any], on_gpu: dict[str, Any] | None = None) -> str:
     gpu = None if on_gpu is None else {row["type"]: row for row in on_gpu["rows"]}
     green = [row for row in rows if passed(row)]
     numbers = {"passed": len(green), "built": len(rows) + len(found["failed"]), "whole": sum(map(all_fused, green))}
-    text = HEAD.format(transformers=found["transformers"], **numbers, **_gpu_text(on_gpu)) + "".join(_line(row, gpu) for row in rows)
+    columns = [*COLUMNS, *(GPU_COLUMNS if on_gpu else ()), "stock, and why"]
+    rule = "|---" * len(columns) + "|"
+    shown = {"columns": f"| {' | '.join(columns)} |", "rule": rule, "gpu": _gpu_text(on_gpu)}
+    text = HEAD.format(transformers=found["transformers"], **numbers, **shown) + "".join(_line(row, gpu) for row in rows)
     for title, names in (
         ("Broken", found["failed"]),
         ("Broken on the GPU", on_gpu["failed"] if on_gpu else {}),

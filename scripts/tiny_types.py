@@ -47,7 +47,11 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 32},
     "nemotron_h": {"head_dim": 16, "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, **EXPERTS},
-    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
+    "falcon_h1": {
+        "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mlp_multipliers": [0.7, 0.4],
+        "key_multiplier": 0.5, "attention_out_multiplier": 0.9, "attention_in_multiplier": 1.1, "lm_head_multiplier": 0.6,
+    },
+    "falcon": {"head_dim": None, "new_decoder_architecture": True, "num_kv_heads": 2},
 }  # fmt: skip
 
 
@@ -76,6 +80,19 @@ def looks_ahead(model: Any) -> bool:
     later = torch.cat([ids[:, :-1], ids[:, -1:] + 1], 1)
     a, b = (model(input_ids=x, use_cache=False).logits[:, :-1] for x in (ids, later))
     return not torch.allclose(a, b, rtol=1e-6, atol=1e-9)
+
+
+@torch.no_grad()
+def keeps_rows_apart(model: Any) -> bool:
+    """True where the stock model, given their positions, does not let the last of packed rows see the first."""
+    packed = batches()["packed"]
+    ids, positions = packed["input_ids"], packed["position_ids"]
+    other = torch.cat([ids[:, :3], ids[:, 3:4] + 1, ids[:, 4:]], 1)
+    try:
+        a, b = (model(input_ids=x, position_ids=positions, use_cache=False).logits[:, -1] for x in (ids, other))
+    except TypeError:
+        return False
+    return torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 def tiny_model(model_type: str) -> Any:

@@ -42,6 +42,18 @@ OVERRIDES_IN_PARTS: dict[str, dict[str, Any]] = {
         "global_head_dim": 16,
         "num_kv_shared_layers": 0,
     },
+    # Weights of linear layers the other way round, a linear layer of its own class, and three kinds of factors.
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "falcon": {"head_dim": None, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon_h1": {
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+        "mlp_multipliers": [0.7, 0.4],
+        "key_multiplier": 0.5,
+        "attention_out_multiplier": 0.9,
+    },
     "mixtral": EXPERTS,
     "gpt_oss": {**EXPERTS, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "attn_implementation": "eager"},
 }
@@ -52,7 +64,8 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, **overrides: Any
     """A random causal language model of `family` in `dtype`, the same at every call."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = {"attn_implementation": "sdpa", **BASE, **(OVERRIDES | OVERRIDES_IN_PARTS)[family], **overrides}
+    asked = {"attn_implementation": "sdpa", **BASE, **(OVERRIDES | OVERRIDES_IN_PARTS)[family], **overrides}
+    settings = {name: value for name, value in asked.items() if value is not None}
     attention = settings.pop("attn_implementation")
     config = AutoConfig.for_model(family, **settings)
     config._experts_implementation = "eager"  # torch's grouped GEMM has no float64
@@ -67,7 +80,9 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, **overrides: Any
 def with_lora(model: Any, **config: Any) -> Any:
     """`model` with random LoRA adapters (float32 masters of 16-bit weights, else the model's dtype) on every linear layer."""
     dtype = next(model.parameters()).dtype
-    peft = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **config}))
+    # PEFT refuses the output projections of Mamba, which the kernels read themselves.
+    everything = r".*\.\w+_proj(?<!mamba\.out_proj)" if hasattr(model.config, "mamba_d_ssm") else "all-linear"
+    peft = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": everything, **config}))
     for name, parameter in peft.named_parameters():
         if "lora_" in name:
             parameter.data = torch.nn.init.normal_(parameter.data.to(torch.promote_types(dtype, torch.float32)), 0, 0.1)

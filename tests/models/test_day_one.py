@@ -6,7 +6,7 @@ from torch import nn
 from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from exactune.models.accelerate import accelerate
+from exactune.models.accelerate import accelerate, undo
 from families import BASE, distance, loss_and_grads, random_batch, with_lora
 
 CLOSE = 2e-6
@@ -160,6 +160,109 @@ def test_an_architecture_of_tomorrow_is_fused_and_proven():
     assert report.head == "fused"
     assert not report.stock
     assert report.proofs and all(proof.passed for proof in report.proofs)
+
+
+class Valved(Mixer):
+    """Attention with a valve on its output: a column for each value, made of the input."""
+
+    def __init__(self, config, width=64, turn=torch.sigmoid):
+        super().__init__(config)
+        self.valve, self.turn = nn.Linear(config.hidden_size, width), turn
+
+    def forward(self, hidden_states, **kwargs):
+        back, self.back = self.back, nn.Identity()
+        out, _ = super().forward(hidden_states, **kwargs)
+        self.back = back
+        gate = self.turn(self.valve(hidden_states)).unflatten(-1, (4, -1))
+        return self.back((out.unflatten(-1, (4, -1)) * gate).flatten(2)), None
+
+
+class Damped(Wide):
+    """A gated MLP with a factor on its gate and one on its result."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.soft, self.low = 0.7, 0.4
+
+    def forward(self, z):
+        return self.sink(self.lift(z) * self.bend(self.open(z) * self.soft)) * self.low
+
+
+def with_parts(mixer, wide=Wide):
+    """The novel model with other attention or MLPs in its blocks."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**BASE, halved=0.5)
+    model = NovelForCausalLM(config)
+    for block in model.model.blocks:
+        block.mixer, block.wide = mixer(config), wide(config)
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, *((0.5, 0.3) if parameter.dim() == 1 and not name.endswith("bias") else (0.0, 0.1)))
+    names = [name for name, module in model.model.blocks.named_modules() if isinstance(module, nn.Linear)]
+    return with_lora(model.double(), target_modules=sorted({name.rpartition(".")[2] for name in names}))
+
+
+@pytest.mark.parametrize("width", [64, 4], ids=["a column a value", "a column a head"])
+@pytest.mark.parametrize("turn", [torch.sigmoid, nn.functional.softplus])
+def test_a_gated_output_is_fused(width, turn):
+    report = same_step(with_parts(lambda config: Valved(config, width, turn)))
+    assert report.count("attention") == (2, 2), report.summary()
+
+
+def test_almost_the_same_gate_is_refused():
+    report = same_step(with_parts(lambda config: Valved(config, turn=lambda z: torch.sigmoid(z * 1.001))))
+    assert report.count("attention") == (0, 2)
+    assert report.count("projection")[0] >= 10, "its projections are fused by themselves"
+
+
+def test_factors_of_an_mlp_are_read():
+    report = same_step(with_parts(Mixer, Damped))
+    assert report.count("mlp") == (2, 2), report.summary()
+
+
+class Halved(Damped):
+    """The factor is no number that the module keeps."""
+
+    def forward(self, z):
+        return self.sink(self.lift(z) * self.bend(self.open(z) * 0.71)) * self.low
+
+
+def test_a_factor_that_is_nowhere_kept_is_refused():
+    report = same_step(with_parts(Mixer, Halved))
+    assert report.count("mlp") == (0, 2)
+
+
+class Across(nn.Module):
+    """A linear layer that holds its weight the other way round."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(layer.weight.detach().t().contiguous()), layer.bias
+
+    def forward(self, x):
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+
+class AlmostAcross(Across):
+    def forward(self, x):
+        return super().forward(x) * 1.0005
+
+
+@pytest.mark.parametrize(("form", "fused"), [(Across, 2), (AlmostAcross, 1)])
+def test_a_linear_layer_is_known_by_what_it_computes(form, fused):
+    torch.manual_seed(0)
+    model = NovelForCausalLM(LlamaConfig(**BASE, halved=0.5)).double().train()
+    model.model.blocks[0].wide.sink = form(model.model.blocks[0].wide.sink)
+    batch = random_batch()
+    stock_loss, stock = loss_and_grads(model, **batch)
+    held = {name: t.clone() for name, t in model.state_dict().items()}
+    report = accelerate(model)
+    fast_loss, fast = loss_and_grads(model, **batch)
+    assert abs(fast_loss - stock_loss) < CLOSE * abs(stock_loss)
+    assert distance(fast, stock) < CLOSE
+    assert report.count("mlp") == (fused, 2), report.summary()
+    undo(model)
+    assert all(torch.equal(t, held[name]) and t.is_contiguous() for name, t in model.state_dict().items())
 
 
 def almost_silu(z):

@@ -259,7 +259,7 @@ class Group:
         for projection, own in zip(self.projections, dy.split(self.stack.rows, dim=1)):
             weight, bias = projection.base.weight, projection.base.bias
             if weight.requires_grad:
-                grads.add(weight, own.t() @ x)
+                grads.add(weight, projection.as_held(own.t() @ x))
             if bias is not None and bias.requires_grad:
                 grads.add(bias, own.sum(0, dtype=torch.promote_types(own.dtype, torch.float32)))
 

@@ -27,6 +27,7 @@ def project(mlp: Mlp, sn: Roomy) -> tuple[Tensor, Tensor]:
     """(gate and up side by side [N, >= 2F], with room behind them for the backward, and P [N, R])."""
     gate_up = Roomy(sn.all.shape[0], 2 * mlp.inner, mlp.gate_up.rank, like=sn.all)
     mlp.gate_up.forward(sn, out=gate_up)
+    _by_gate_factor(mlp, gate_up.data)
     return gate_up.buffer, sn.room.clone()
 
 
@@ -40,6 +41,12 @@ def forward(mlp: Mlp, sn: Roomy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _halves(mlp: Mlp, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return gate_up[:, : mlp.inner], gate_up[:, mlp.inner : 2 * mlp.inner]
+
+
+def _by_gate_factor(mlp: Mlp, columns: Tensor) -> None:
+    """Multiply what belongs to the gate, in place: the first F of 2F columns."""
+    if mlp.gate_factor != 1.0:
+        columns[:, : mlp.inner].mul_(mlp.gate_factor)
 
 
 def _activate(mlp: Mlp, gate_up: Tensor) -> Roomy:
@@ -61,6 +68,7 @@ def backward(mlp: Mlp, sn: Tensor | NormedInput, kept: Kept, dm: Roomy, grads: G
     else:
         db = None
         _activation_backward(mlp, kept, dh, dm, dgu, grads)
+    _by_gate_factor(mlp, dgu.data)
     del dh  # [N, F], before another product is formed
     dsn = mlp.gate_up.backward_input(dgu)
     mlp.gate_up.record(grads, dgu.data, kept.p_gate_up, dgu.room, sn, db=db)
@@ -79,6 +87,8 @@ def _activation_backward_with_adapters(mlp: Mlp, kept: Kept, dh: Tensor, dm: Roo
         dh, gate, up, mlp.activation, p_down=dm.room, x_gate=p_gate, x_up=p_up, dgate_out=dgate, dup_out=dup
     )
     mlp.down.record(grads, dm.data, kept.p_down, dm.room, None, da=da_down)
+    if mlp.gate_factor != 1.0:
+        db_gate = db_gate * mlp.gate_factor  # of the gate before its factor, as dgate will be
     return [db_gate, db_up] if split else [torch.cat([db_gate, db_up])]
 
 

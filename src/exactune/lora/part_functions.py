@@ -70,7 +70,7 @@ class MlpFunction(torch.autograd.Function):
         m, kept.gate_up, kept.p_gate_up, kept.p_down = mlp_part.forward(mlp, _with_room(x, mlp.gate_up.rank))
         ctx.mlp, ctx.trained = mlp, trained
         ctx.save_for_backward(*kept.tensors())
-        return m
+        return m if mlp.factor == 1.0 else m * mlp.factor
 
     @staticmethod
     @once_differentiable
@@ -78,6 +78,7 @@ class MlpFunction(torch.autograd.Function):
         kept = Kept.of(ctx.saved_tensors, ())
         grads = Grads()
         with torch.autocast(dm.device.type, enabled=False):
+            dm = dm if ctx.mlp.factor == 1.0 else dm * ctx.mlp.factor
             dx = mlp_part.backward(ctx.mlp, kept.s, kept, _with_room(dm, ctx.mlp.down.rank), grads)
         return None, dx, *_collected(ctx, grads)
 

@@ -131,11 +131,16 @@ class Attention:
 
 @dataclass
 class Mlp:
-    """Gated MLP: `down(activation(gate(x)) * up(x))`; gate and up stacked in one group, or one fused projection."""
+    """Gated MLP: `factor * down(activation(gate_factor * gate(x)) * up(x))`; gate and up stacked in one group, or one fused projection.
+
+    `factor` is for an MLP on its own: a whole layer has none.
+    """
 
     gate_up: Group
     down: Group
     activation: GateKind
+    gate_factor: float = 1.0
+    factor: float = 1.0
 
     def bound(self, dtype: torch.dtype) -> Mlp:
         """The MLP for one pass in `dtype`; see `Group.bound`."""

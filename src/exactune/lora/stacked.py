@@ -59,8 +59,8 @@ class StackedWeight:
     def __init__(self, projections: Sequence[Projection], scratch: Scratch, dtype: torch.dtype):
         self.scratch = scratch
         self.dtype = dtype
-        self.rows = [p.base.out_features for p in projections]
-        self.inputs = projections[0].base.in_features
+        self.rows = [p.outputs for p in projections]
+        self.inputs = projections[0].inputs
         self.ranks = [p.adapter.rank if p.adapter else 0 for p in projections]
         self.rank = padded(sum(self.ranks))
         self.device = projections[0].base.weight.device
@@ -99,10 +99,7 @@ class StackedWeight:
         """Copy the weights into a buffer with room and make the layers' parameters views of it."""
         home = self.empty_buffer()
         for projection, row in zip(projections, self._starts(self.rows)):
-            view = home[row : row + projection.base.out_features, : self.inputs]
-            with torch.no_grad():
-                view.copy_(projection.base.weight)
-            projection.base.weight.data = view
+            projection.move_to(home[row : row + projection.outputs, : self.inputs])
         return home
 
     def bare(self) -> StackedWeight:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from exactune.lora.group import Group
 from exactune.lora.live import is_nf4
@@ -18,7 +19,7 @@ from exactune.models.anatomy.mlp import read_mlp
 from exactune.models.anatomy.norm import read_norm
 from exactune.models.anatomy.watch import Event, Trace, Unrecognised, is_projection, watch
 
-Kind = Literal["attention", "mlp", "norm", "projection"]
+Kind = Literal["attention", "recurrent", "mlp", "norm", "projection"]
 Reading = Attention | Mlp | PlainMlp | Norm | Group
 
 
@@ -44,8 +45,10 @@ class Plan:
     why_not_whole: str = ""
 
 
-def kind_of(event: Event) -> Kind:
-    """ "attention" for a part that is given more than activations (positions, a mask), "mlp" for one that is not."""
+def kind_of(module: Any, event: Event) -> Kind:
+    """ "recurrent" for a part with a convolution over tokens, "attention" for one that is given more than activations, else "mlp"."""
+    if any(isinstance(child, nn.Conv1d) for child in module.modules()):
+        return "recurrent"
     return "attention" if event.args or event.kwargs else "mlp"
 
 
@@ -78,7 +81,7 @@ class Reader:
             return [Part(path, "projection", child, Group([child], self.scratch), event=event)] if hasattr(child, "lora_A") else []
         if next(child.children(), None) is None:
             return self._visit_leaf(child, path, event)
-        part = Part(path, kind_of(event), child, event=event, inner=self._inside(child, f"{path}."))
+        part = Part(path, kind_of(child, event), child, event=event, inner=self._inside(child, f"{path}."))
         try:
             part.reading = self._read(part)
         except Unrecognised as why:
@@ -87,6 +90,8 @@ class Reader:
         return [part] if part.reading is not None or top else part.inner
 
     def _read(self, part: Part) -> Reading:
+        if part.kind == "recurrent":
+            raise Unrecognised("a recurrence over tokens")
         if part.kind == "mlp":
             return read_mlp(part.module, self.trace, self.scratch)
         if isinstance(self.setting, Unrecognised):

@@ -22,7 +22,7 @@ from exactune.lora.stacked import Scratch
 from exactune.models.anatomy.heads import Split, splits_of
 from exactune.models.anatomy.mlp import best, explains, tolerance
 from exactune.models.anatomy.norm import read_norm
-from exactune.models.anatomy.watch import Roles, Trace, Unrecognised, base_of, loudly, read_roles, same_memory
+from exactune.models.anatomy.watch import Roles, Trace, Unrecognised, factors_of, loudly, read_roles, same_memory
 
 TURNS: tuple[tuple[str, Tables], ...] = (
     ("half", "doubled"), ("interleaved", "doubled"), ("interleaved", "repeated"), ("half", "single"), ("interleaved", "single"),
@@ -65,8 +65,7 @@ def positions_of(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
     return found
 
 
-def _head_dim(module: Any, setting: Setting, out: Any) -> int:
-    width = base_of(out).in_features
+def _head_dim(module: Any, setting: Setting, width: int) -> int:
     for value in (getattr(module, "head_dim", None), setting.head_dim, getattr(module, "head_size", None)):
         if isinstance(value, int) and value > 0 and width % value == 0:
             return value
@@ -119,8 +118,7 @@ def _scales(module: Any, head_dim: int) -> tuple[list[float], list[float]]:
     """What the module's scores may be multiplied by: the usual, and what else it could be where that does not fit."""
     said = getattr(module, "scaling", getattr(module, "scale", None))
     usual = float(said) if isinstance(said, (int, float)) else head_dim**-0.5
-    factors = {v for v in vars(module).values() if isinstance(v, float) and v not in (0.0, 1.0, usual)}
-    return [usual], [1.0, *sorted(usual * factor for factor in factors)]
+    return [usual], [1.0, *(usual * factor for factor in factors_of(module))]
 
 
 Candidate = tuple[Split, Attention]
@@ -193,11 +191,11 @@ def read_attention(module: Any, trace: Trace, setting: Setting, scratch: Scratch
     roles = read_roles(module, trace)
     trace, _ = loudly(module, trace)
     event, inner = trace.events[module], trace.events[roles.out].x
-    if event.x.dim() != 3 or inner.dim() != 3 or len(roles.ins) not in (1, 3, 4):
+    if event.x.dim() != 3 or inner.dim() != 3 or len(roles.ins) not in (1, 3, 4) or roles.factor != 1.0:
         raise Unrecognised("other projections than queries, keys and values")
     if any(isinstance(value, dict) and value for value in event.kwargs.values()):
         raise Unrecognised("states that it leaves for other layers")
-    head_dim = _head_dim(module, setting, roles.out)
+    head_dim = _head_dim(module, setting, inner.shape[-1])
     heads = inner.shape[-1] // head_dim
     if any(p.shape != (heads,) for p in roles.own) or len(roles.own) > 1:
         raise Unrecognised("parameters of its own")

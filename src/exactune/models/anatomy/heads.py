@@ -12,7 +12,7 @@ from torch import Tensor
 
 from exactune.lora.output_gate import ACTIVATIONS, gate_values
 from exactune.lora.parts import HeadOrder, OutputGate
-from exactune.models.anatomy.watch import Unrecognised, base_of
+from exactune.models.anatomy.watch import Unrecognised, base_of, outputs_of
 
 GATES = tuple(ACTIVATIONS)
 
@@ -51,7 +51,7 @@ def splits_of(ins: list[Any], heads: int, head_dim: int) -> Iterator[Split]:
     """
     found = False
     for projections in itertools.permutations(ins):
-        widths = [base_of(p).out_features for p in projections]
+        widths = [outputs_of(p) for p in projections]
         for split in _of_widths(list(projections), widths, heads, head_dim):
             found = True
             yield split
@@ -79,7 +79,7 @@ def _of_widths(projections: list[Any], widths: list[int], heads: int, head_dim: 
 def _fused(projections: list[Any], blocks: int, heads: int, head_dim: int) -> Iterator[Split]:
     """One projection: queries, keys and values as a whole, or beside each other for each key head."""
     kv_heads = (blocks - heads) // 2
-    if blocks * head_dim != base_of(projections[0]).out_features or kv_heads < 1 or heads + 2 * kv_heads != blocks or heads % kv_heads:
+    if blocks * head_dim != outputs_of(projections[0]) or kv_heads < 1 or heads + 2 * kv_heads != blocks or heads % kv_heads:
         return
     yield Split(projections, heads, kv_heads, head_dim)
     if kv_heads > 1:

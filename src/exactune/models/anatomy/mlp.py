@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from exactune.lora.group import Group
 from exactune.lora.parts import Mlp
 from exactune.lora.plain_mlp import ACTIVATIONS, PlainMlp
 from exactune.lora.stacked import Scratch
-from exactune.models.anatomy.watch import Trace, Unrecognised, is_projection, loudly, read_roles
+from exactune.models.anatomy.watch import Trace, Unrecognised, factors_of, is_projection, loudly, read_roles
 
 NO_KERNEL = "an activation that we have no kernel for"
 GATES: tuple[GateKind, ...] = ("swiglu", "geglu_tanh", "geglu_erf", "clamped_swiglu")
@@ -81,7 +82,7 @@ def read_mlp(module: Any, trace: Trace, scratch: Scratch) -> Mlp | PlainMlp:
     made = [_spread(trace, p) for p in roles.ins]
     kinds = _kinds_of(module, trace)
     down = Group([roles.out], scratch)
-    if len(made) == 1 and made[0].shape == inner.shape:
+    if len(made) == 1 and made[0].shape == inner.shape and roles.factor == 1.0:
         plain = {kind: explains(f(made[0]), inner) for kind, f in ACTIVATIONS.items() if kind in kinds}
         return PlainMlp(Group(roles.ins, scratch), down, best(plain, inner, NO_KERNEL))
     if len(made) == 1 and made[0].shape[1] == 2 * inner.shape[1]:
@@ -92,6 +93,14 @@ def read_mlp(module: Any, trace: Trace, scratch: Scratch) -> Mlp | PlainMlp:
     else:
         raise Unrecognised("gate, up and down of sizes that do not fit")
     allowed = [kind for kind in GATES if kind in kinds]
-    errors = {(order, kind): explains(gated(gate, up, kind), inner) for order, (gate, up) in orders.items() for kind in allowed}
-    order, kind = best(errors, inner, NO_KERNEL)
-    return Mlp(Group([roles.ins[i] for i in order], scratch), down, kind)
+
+    def best_of(factors: list[float]) -> Mlp:
+        tries = itertools.product(orders.items(), allowed, factors)
+        errors = {(order, kind, f): explains(gated(gate * f, up, kind), inner) for (order, (gate, up)), kind, f in tries}
+        order, kind, factor = best(errors, inner, NO_KERNEL)
+        return Mlp(Group([roles.ins[i] for i in order], scratch), down, kind, gate_factor=factor, factor=roles.factor)
+
+    try:
+        return best_of([1.0])
+    except Unrecognised:
+        return best_of(factors_of(module))

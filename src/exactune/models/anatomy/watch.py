@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exactune.lora.live import is_nf4
+from exactune.lora.live import is_nf4, linear_form, sizes_of
 
 
 class Unrecognised(Exception):
@@ -24,7 +24,12 @@ def base_of(projection: Any) -> Any:
 def is_projection(module: Any) -> bool:
     """True for a linear layer that a fused form can multiply by: plain or NF4, with or without an adapter around it."""
     base = base_of(module)
-    return type(base) is nn.Linear or is_nf4(base)
+    return is_nf4(base) or linear_form(base) is not None
+
+
+def outputs_of(projection: Any) -> int:
+    """The width of what a projection makes."""
+    return sizes_of(base_of(projection))[0]
 
 
 @dataclass
@@ -142,6 +147,7 @@ class Roles:
     out: Any
     norms: list[Any]
     own: list[Tensor]  # parameters that the module holds itself
+    factor: float = 1.0  # what the result of `out` is multiplied by
 
 
 def read_roles(module: Any, trace: Trace) -> Roles:
@@ -153,7 +159,7 @@ def read_roles(module: Any, trace: Trace) -> Roles:
     whole = trace.events.get(module)
     if whole is None:
         raise Unrecognised("a part that is not called in a plain pass")
-    ins, outs, others = [], [], []
+    ins, outs, others, factor = [], [], [], 1.0
     for child in trace.children(module):
         event = trace.events.get(child)
         if event is None or child in trace.repeated:
@@ -162,6 +168,9 @@ def read_roles(module: Any, trace: Trace) -> Roles:
             ins.append(child)
         elif is_projection(child) and same_place(event.y, whole.y):
             outs.append(child)
+        elif is_projection(child) and (found := _factor_of(module, event.y, whole.y)) is not None:
+            outs.append(child)
+            factor = found
         elif any(True for _ in child.parameters()) or any("eps" in name for name in vars(child)):
             others.append(child)  # a norm need not have a weight
     if not ins or len(outs) != 1:
@@ -172,7 +181,19 @@ def read_roles(module: Any, trace: Trace) -> Roles:
         raise Unrecognised("a part that a plain pass does not reach")
     if drops_out(module):
         raise Unrecognised("dropout")
-    return Roles(ins, outs[0], others, own)
+    return Roles(ins, outs[0], others, own, factor)
+
+
+def factors_of(module: Any) -> list[float]:
+    """The numbers that a module keeps and could multiply by."""
+    return sorted({value for value in vars(module).values() if isinstance(value, float) and value not in (0.0, 1.0)})
+
+
+def _factor_of(module: Any, made: Tensor, result: Tensor) -> float | None:
+    """The one of the module's numbers by which a result is a multiple of what a projection has made."""
+    if made.shape != result.shape or made.dtype != result.dtype:
+        return None
+    return next((factor for factor in (1.0, *factors_of(module)) if torch.equal(made * factor, result)), None)
 
 
 def drops_out(module: Any) -> bool:
