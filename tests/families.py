@@ -55,6 +55,7 @@ OVERRIDES_IN_PARTS: dict[str, dict[str, Any]] = {
         "attention_out_multiplier": 0.9,
     },
     "mixtral": EXPERTS,
+    "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "norm_topk_prob": True},
     "gpt_oss": {**EXPERTS, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "attn_implementation": "eager"},
 }
 IN_PARTS = tuple(OVERRIDES_IN_PARTS)  # layers of another wiring

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from exactune.lora import ops
+from exactune.lora.experts import Experts
+from exactune.lora.experts_function import ExpertsFunction
 from exactune.lora.group import Group
 from exactune.lora.live import Unreadable
 from exactune.lora.part_functions import AttentionFunction, MlpFunction, PlainMlpFunction, ProjectionFunction, trained_in
 from exactune.lora.parts import Attention, Mlp, Norm
 from exactune.lora.plain_mlp import PlainMlp
+from exactune.models.anatomy.experts import routed
 from exactune.models.anatomy.watch import split_activation
 from exactune.models.fused_layer import Shared, bind_part, packed_rows, stock_mask
 
@@ -82,6 +85,26 @@ class FusedMlp(FusedPart):
         function = MlpFunction if isinstance(mlp, Mlp) else PlainMlpFunction
         with torch.autocast(x.device.type, enabled=False):
             return function.apply(mlp, x.reshape(-1, x.shape[-1]), *trained_in(mlp)).view(x.shape)
+
+
+class FusedExperts(FusedPart):
+    """The experts of a mixture, given activations, each token's experts and their weights; the router before them is the stock one."""
+
+    def __init__(self, module: Any, experts: Experts, shared: Shared):
+        super().__init__(module, shared)
+        self.experts = experts
+
+    def strict(self, *args: Any, **kwargs: Any) -> Tensor:
+        call = routed(*split_activation(args, kwargs))
+        if call is None:
+            raise Unreadable("experts called in a way of their own")
+        x = call.x
+        if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype:
+            raise Unreadable("autocast to another dtype than the activations'")
+        experts = self.experts.bound(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(-1, x.shape[-1])
+            return ExpertsFunction.apply(experts, rows, call.index, call.weights, *experts.trained()).view(x.shape)
 
 
 class FusedProjection(FusedPart):

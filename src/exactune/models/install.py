@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 
+from exactune.lora.experts import Experts
 from exactune.lora.group import Group
 from exactune.lora.live import Unreadable
 from exactune.lora.parts import Attention, Mlp, Norm
 from exactune.lora.plain_mlp import PlainMlp
 from exactune.lora.stacked import Scratch
 from exactune.models.anatomy.attention import Setting, read_attention
+from exactune.models.anatomy.experts import read_experts
 from exactune.models.anatomy.mlp import read_mlp
 from exactune.models.anatomy.norm import read_norm
 from exactune.models.anatomy.watch import Event, Unrecognised, watch
 from exactune.models.fused_layer import FusedLayer, Shared
-from exactune.models.fused_parts import FusedAttention, FusedMlp, FusedNorm, FusedPart, FusedProjection
+from exactune.models.fused_parts import FusedAttention, FusedExperts, FusedMlp, FusedNorm, FusedPart, FusedProjection
 from exactune.models.observe import Observation, as_observed
 from exactune.models.plan import Part, Plan, Reading, read_plan, signature
 from exactune.models.report import Report
@@ -133,6 +135,8 @@ class Installer:
             return FusedNorm(module, reading, shared)
         if isinstance(reading, Group):
             return FusedProjection(module, reading, shared)
+        if isinstance(reading, Experts):
+            return FusedExperts(module, reading, shared)
         assert isinstance(reading, (Mlp, PlainMlp))
         return FusedMlp(module, reading, shared)
 
@@ -153,6 +157,8 @@ class Installer:
             reading = Group([copy], Scratch())
         elif isinstance(part.reading, Norm):
             reading = read_norm(copy, event.x)
+        elif isinstance(part.reading, Experts):
+            reading = read_experts(copy, event)
         else:
             copy.eval()
             trace = watch(copy, lambda: event.replay(copy, event.x))

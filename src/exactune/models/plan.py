@@ -8,19 +8,21 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from exactune.lora.experts import Experts
 from exactune.lora.group import Group
 from exactune.lora.live import is_nf4
 from exactune.lora.parts import Attention, Layer, Mlp, Norm
 from exactune.lora.plain_mlp import PlainMlp
 from exactune.lora.stacked import Scratch
 from exactune.models.anatomy.attention import Setting, read_attention
+from exactune.models.anatomy.experts import RoutedEvent, holds_experts, read_experts
 from exactune.models.anatomy.layer import read_layer
 from exactune.models.anatomy.mlp import read_mlp
 from exactune.models.anatomy.norm import read_norm
 from exactune.models.anatomy.watch import Event, Trace, Unrecognised, is_projection, watch
 
-Kind = Literal["attention", "recurrent", "mlp", "norm", "projection"]
-Reading = Attention | Mlp | PlainMlp | Norm | Group
+Kind = Literal["attention", "recurrent", "mlp", "experts", "norm", "projection"]
+Reading = Attention | Mlp | PlainMlp | Experts | Norm | Group
 
 
 @dataclass
@@ -79,6 +81,8 @@ class Reader:
         if is_projection(child):
             # Worth a fast form by itself only if it has an adapter.
             return [Part(path, "projection", child, Group([child], self.scratch), event=event)] if hasattr(child, "lora_A") else []
+        if holds_experts(child):
+            return [self._visit_experts(child, path, event)]
         if next(child.children(), None) is None:
             return self._visit_leaf(child, path, event)
         part = Part(path, kind_of(child, event), child, event=event, inner=self._inside(child, f"{path}."))
@@ -86,8 +90,18 @@ class Reader:
             part.reading = self._read(part)
         except Unrecognised as why:
             part.reason = str(why)
-        # Routers and experts inside an MLP are its own affair: only what stands in the layer itself counts as a stock part.
-        return [part] if part.reading is not None or top else part.inner
+        # What is inside an MLP is its own affair: only what stands in the layer itself counts as a stock part. Where experts are chosen,
+        # they are what the block computes, and the rest of it is the router's.
+        own = part.reading is not None or (top and all(inner.kind != "experts" for inner in part.inner))
+        return [part] if own else part.inner
+
+    def _visit_experts(self, child: Any, path: str, event: Event) -> Part:
+        part = Part(path, "experts", child, event=RoutedEvent(event.args, event.kwargs, event.x, event.result))
+        try:
+            part.reading = read_experts(child, event)
+        except Unrecognised as why:
+            part.reason = str(why)
+        return part
 
     def _read(self, part: Part) -> Reading:
         if part.kind == "recurrent":
@@ -153,4 +167,6 @@ def _form(reading: Any) -> tuple:
         return (*choices, order, bare.norm_place, bare.tables, *(_form(norm) for norm in reading.norms()))
     if isinstance(reading, Norm):
         return reading.eps, reading.offset, reading.cast, reading.centred
+    if isinstance(reading, Experts):
+        return reading.activation, reading.transposed, reading.interleaved, reading.up_first
     return (getattr(reading, "activation", None),)

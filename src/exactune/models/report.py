@@ -13,7 +13,7 @@ from exactune.models.verify import Proof
 class PartReport:
     """One part: its kind and path, fused or why not, and the proof that holds for it (shared by all of its signature)."""
 
-    kind: str  # "layer", "attention", "recurrent", "mlp", "norm", "projection" or "head"
+    kind: str  # "layer", "attention", "recurrent", "mlp", "experts", "norm", "projection" or "head"
     path: str
     fused: bool
     reason: str = ""
@@ -61,7 +61,14 @@ class Report:
 
     def summary(self) -> str:
         """One line: `32/32 attention, 32/32 MLP, 65/65 norms, head fused; 0 stock`."""
-        kinds = {"attention": "attention", "recurrent": "recurrent", "mlp": "MLP", "norm": "norms", "projection": "single projections"}
+        kinds = {
+            "attention": "attention",
+            "recurrent": "recurrent",
+            "mlp": "MLP",
+            "experts": "experts",
+            "norm": "norms",
+            "projection": "single projections",
+        }
         counts = {label: self.count(kind) for kind, label in kinds.items()}
         shown = ", ".join(f"{fused}/{total} {label}" for label, (fused, total) in counts.items() if total)
         reasons = ": " + "; ".join(f"{count} with {reason}" for reason, count in self.stock.items()) if self.stock else ""

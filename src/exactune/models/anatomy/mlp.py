@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -52,15 +52,21 @@ PROBED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _kinds_of(module: Any, trace: Trace) -> set[str]:
-    """The kinds that the activation modules inside `module` allow, asked one number at a time; all, where there is none."""
+def kinds_allowed(activations: Iterable[Any]) -> set[str]:
+    """The kinds that these modules, asked one number at a time, allow as activations; all, where there are none."""
     kinds = {*PROBED, *GATES}
     x = torch.linspace(-8, 8, 513, dtype=torch.float64)
+    for activation in activations:
+        y = activation(x)
+        kinds &= {k for k, f in PROBED.items() if torch.allclose(y, f(x), rtol=1e-6, atol=1e-6)}
+    return kinds
+
+
+def _activations(module: Any, trace: Trace) -> Iterator[Any]:
+    """The children of an MLP that were called and are neither projections nor dropout."""
     for child in trace.children(module):
         if not is_projection(child) and next(child.parameters(), None) is None and not isinstance(child, nn.Dropout):
-            y = child(x)
-            kinds &= {k for k, f in PROBED.items() if torch.allclose(y, f(x), rtol=1e-6, atol=1e-6)}
-    return kinds
+            yield child
 
 
 def _spread(trace: Trace, projection: Any) -> Tensor:
@@ -80,7 +86,7 @@ def read_mlp(module: Any, trace: Trace, scratch: Scratch) -> Mlp | PlainMlp:
     if roles.norms or roles.own or len(roles.ins) > 2:
         raise Unrecognised("an MLP with parts of its own")
     made = [_spread(trace, p) for p in roles.ins]
-    kinds = _kinds_of(module, trace)
+    kinds = kinds_allowed(_activations(module, trace))
     down = Group([roles.out], scratch)
     if len(made) == 1 and made[0].shape == inner.shape and roles.factor == 1.0:
         plain = {kind: explains(f(made[0]), inner) for kind, f in ACTIVATIONS.items() if kind in kinds}
