@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from exactune.kernels import adapter_slots
-from exactune.kernels.adapter_slots import Adapter, clear_adapter_slots, fill_adapter_slots
+from exactune.kernels.adapter_slots import Adapter, SlotTable, clear_adapter_slots, fill_adapter_slots
 from parity import nan_columns, only_columns_written
 
 
@@ -87,6 +87,37 @@ def test_shapes_that_do_not_fit_are_refused(device):
         fill_adapter_slots(torch.zeros(24, 40, device=device), adapters, 17, 32)
     with pytest.raises(ValueError, match="do not fit 33 columns"):
         fill_adapter_slots(torch.zeros(24, 40, device=device), adapters, 16, 33)
+
+
+@pytest.mark.parametrize("buffer_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.float16])
+def test_a_table_fills_many_buffers_with_the_same_bits(device, adapter_dtype, buffer_dtype):
+    entries, buffers, expected_buffers = [], [], []
+    for heights, ranks, columns in (((40, 24), (8, 5), 72), ((300,), (16,), 400)):
+        rows, room = sum(heights), sum(ranks) + 3
+        adapters = group(heights, ranks, columns, dtype=adapter_dtype, device=device)
+        for found in (buffers, expected_buffers):
+            found.append(nan_columns(rows + room, columns + room, dtype=buffer_dtype, device=device))
+            found[-1][:] = 0
+        fill_adapter_slots(expected_buffers[-1], adapters, rows, columns)
+        for (a, b, scale), (a_place, b_place) in zip(adapters, adapter_slots._places(buffers[-1], adapters, rows, columns)):
+            entries += [(a, a_place, 1.0), (b, b_place, scale)]
+    table = SlotTable(entries)
+    for _ in range(2):
+        table.fill()
+    for buffer, want in zip(buffers, expected_buffers, strict=True):
+        assert only_columns_written(buffer) and torch.equal(buffer, want)
+    entries[0][0].mul_(2)
+    table.fill()
+    assert torch.equal(buffers[0][64:72, :72], entries[0][0].to(buffer_dtype))  # reads the factors where they lie
+
+
+def test_factors_that_no_table_takes(device):
+    buffer = torch.zeros(8, 8, device=device)
+    with pytest.raises(ValueError, match="several dtypes"):
+        SlotTable([(torch.ones(2, 8, device=device), buffer[:2], 1.0), (torch.ones(2, 8, device=device).half(), buffer[2:4], 1.0)])
+    with pytest.raises(ValueError, match="not contiguous"):
+        SlotTable([(torch.ones(8, 2, device=device).t(), buffer[:2], 1.0)])
 
 
 @pytest.mark.gpu

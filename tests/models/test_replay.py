@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 
+from exactune.lora import ops
+from exactune.lora.slots import Slots
 from exactune.models.accelerate import accelerate
 from exactune.models.notes import base_model
 from exactune.models.replay import SEEN_BEFORE, Passes
@@ -110,6 +112,21 @@ def test_two_forwards_before_a_backward():
     assert_same(*found)
     model(**batch_of(1))  # nobody keeps this one's loss: the recording is free again
     assert not any(r.waiting for r in passes._recordings.values())
+
+
+def test_the_adapters_of_a_pass_are_written_once_and_again_only_after_another_pass(monkeypatch):
+    model, _, passes = recorded(llama())
+    warm(model, passes, **batch_of(0))
+    at_once, one_group = [], []
+    fill, fill_group = Slots.fill, ops.fill_slots
+    monkeypatch.setattr(Slots, "fill", lambda self: (at_once.append(self), fill(self)))
+    monkeypatch.setattr(ops, "fill_slots", lambda *args: (one_group.append(args), fill_group(*args)))
+    loss_and_grads(model, **batch_of(1))
+    assert (len(at_once), len(one_group)) == (1, 0)  # by the forward; in a graph it is part of the replay
+    loss = model(**batch_of(2)).loss
+    passes._groups[0].bound(torch.float32).filled()  # what another pass does first
+    loss.backward()
+    assert (len(at_once), len(one_group)) == (3, 1)
 
 
 def test_a_second_backward_is_refused():

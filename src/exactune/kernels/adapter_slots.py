@@ -13,7 +13,8 @@ buffer's dtype. Stacked projections (q, k and v; gate and up) stack W and A, and
     | A1         |        (GEMMs like multiples of 8), its padding stays zero
     | A2         |
 
-One launch a step fills a group of up to three adapters: reads each factor, casts, writes it into its place.
+One launch a step fills a group of up to three adapters: reads each factor, casts, writes it into its place. A `SlotTable` fills the
+buffers of a whole model by one launch, from a table of addresses in the GPU's memory.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from exactune.kernels.launch import Aot, on_device, signature_of
 
 MOST_ADAPTERS = 3  # that one launch places
 BLOCK = 4096
+# Of a `SlotTable`: addresses of a factor and of its place, rows, columns, row stride there, first program.
+TABLE_COLUMNS = tl.constexpr(6)
 
 
 class Adapter(NamedTuple):
@@ -94,6 +97,53 @@ def _places(buffer: Tensor, adapters: Sequence[Adapter], rows: int, columns: int
     return places
 
 
+@triton.jit
+def _fill_table_kernel(table_ptr, scales_ptr, factors_ptr, source_ptr, target_ptr, BLOCK: tl.constexpr):
+    """Programs of every factor in the table, which `factors` names; the last two pointers are there for their types."""
+    factor = tl.load(factors_ptr + tl.program_id(0)).to(tl.int64)
+    row = table_ptr + factor * TABLE_COLUMNS
+    source = tl.load(row).to(source_ptr.dtype)
+    target = tl.load(row + 1).to(target_ptr.dtype)
+    rows, columns = tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
+    part = tl.program_id(0) - tl.load(row + 5).to(tl.int32)
+    _copy_part(part, source, target, rows, columns, tl.load(row + 4), tl.load(scales_ptr + factor), BLOCK)
+
+
+class SlotTable:
+    """The places of many adapters' factors on one GPU, to be filled together.
+
+    entries: (a factor, its place in a buffer, what it is multiplied by), all factors of one dtype, all places of one. Building a table
+    copies to the GPU, which a graph that is being recorded may not do; `fill` only launches. It holds addresses and keeps the tensors
+    alive: whoever gives a factor another storage needs another table.
+
+    Raises: ValueError for several dtypes, and for factors that are not contiguous.
+    """
+
+    def __init__(self, entries: Sequence[tuple[Tensor, Tensor, float]]):
+        sources, self._targets, scales = zip(*((source.detach(), target, scale) for source, target, scale in entries))
+        self._sources: tuple[Tensor, ...] = sources
+        if len({t.dtype for t in sources}) > 1 or len({t.dtype for t in self._targets}) > 1:
+            raise ValueError("adapters, or the buffers they go to, of several dtypes")
+        if not all(t.is_contiguous() for t in sources):
+            raise ValueError("adapters whose factors are not contiguous")
+        rows: list[list[int]] = []
+        factors: list[int] = []
+        for index, (source, target) in enumerate(zip(sources, self._targets)):
+            rows.append([source.data_ptr(), target.data_ptr(), *source.shape, target.stride(0), len(factors)])
+            factors += [index] * triton.cdiv(source.numel(), BLOCK)
+        device = sources[0].device
+        self._table = torch.tensor(rows, dtype=torch.int64).to(device)
+        self._scales = torch.tensor(scales, dtype=torch.float32).to(device)
+        self._factors = torch.tensor(factors, dtype=torch.int32).to(device)
+
+    def fill(self) -> None:
+        """Write every factor times its scale into its place, in the place's dtype."""
+        with on_device(self._table):
+            _fill_table_kernel[(len(self._factors),)](
+                self._table, self._scales, self._factors, self._sources[0], self._targets[0], BLOCK=BLOCK, num_warps=8
+            )
+
+
 def clear_adapter_slots(buffer: Tensor, rows: int, columns: int) -> None:
     """Zero the room around the weight `buffer[:rows, :columns]`: once, before the first fill."""
     buffer[rows:].zero_()
@@ -143,4 +193,8 @@ def _aot(adapters: int, dtype: str) -> Aot:
     return Aot(f"fill_adapter_slots x{adapters} {dtype} to bf16", _fill_adapter_slots_kernel, signature, constexprs)
 
 
-AOT = [_aot(1, "fp32"), _aot(3, "fp32"), _aot(2, "bf16")]
+_TABLE = signature_of("target_ptr", table_ptr="*i64", scales_ptr="*fp32", factors_ptr="*i32", source_ptr="*fp32")
+AOT = [
+    *(_aot(1, "fp32"), _aot(3, "fp32"), _aot(2, "bf16")),
+    Aot("fill_table fp32 to bf16", _fill_table_kernel, _TABLE, {"BLOCK": BLOCK}, 8),
+]

@@ -85,6 +85,7 @@ class Group:
         self.projections: list[Projection] = []
         self._stack: StackedWeight | None = None
         self._held: Tensor | None = None
+        self._pass: object | None = None  # that fills the slots of all groups; None: this very twin fills its own
         self._seed = 0  # of this pass's adapter dropout; projection i uses the i-th after it
 
     def bound(self, dtype: torch.dtype) -> Group:
@@ -103,6 +104,7 @@ class Group:
             held = self._stack = StackedWeight(projections, self.scratch, dtype)
         twin = copy.copy(self)
         twin.projections, twin._stack = projections, held if ranks == held.ranks else held.bare()
+        twin._pass = held.pass_at_hand
         twin._seed = int(torch.randint(2**31, ())) if twin.dropout else 0
         return twin
 
@@ -138,16 +140,7 @@ class Group:
 
     def filled(self) -> Tensor:
         """The extended matrix [O+R, I+R] with the current weights and adapters in it."""
-        return self.stack.filled(self.projections, self) if self._held is None else self._held
-
-    def claim_slots(self) -> None:
-        """A replayed forward of this pass has filled the slots."""
-        self.stack.claim(self)
-
-    def restore_slots(self) -> None:
-        """Fill the slots again if another pass has come between; weights in 4 bits are unpacked anew by every use anyway."""
-        if not self.stack.quantised:
-            self.filled()
+        return self.stack.filled(self.projections, self._pass or self) if self._held is None else self._held
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         biases = [p.base.bias for p in self.projections]

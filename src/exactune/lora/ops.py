@@ -211,6 +211,21 @@ def fill_slots(buffer: Tensor, adapters: Sequence[Adapter | None], rows: Sequenc
             row += size
 
 
+def slot_filler(entries: Sequence[tuple[Tensor, Tensor, float]]) -> Callable[[], None]:
+    """A function that writes each (factor, its place, scale) as they are when it is called; by one launch where that can be."""
+    if entries and kernels_run_on(entries[0][1].device):
+        alike = len({(factor.dtype, place.dtype, factor.is_contiguous()) for factor, place, _ in entries}) == 1
+        if alike and entries[0][0].is_contiguous():
+            return adapter_slots.SlotTable(entries).fill
+
+    @torch.no_grad()
+    def fill() -> None:
+        for factor, place, scale in entries:
+            place.copy_(factor if scale == 1.0 else factor * scale)
+
+    return fill
+
+
 def dequantise(weights: Sequence[Any], out: Tensor) -> None:
     """Unpack 4-bit `weights`, stacked along their rows, into `out` [O, I]."""
     parts = out.split([weight.quant_state.shape[0] for weight in weights])

@@ -66,6 +66,7 @@ class StackedWeight:
         self.device = projections[0].base.weight.device
         self.quantised = projections[0].quantised
         self._filled_by: Callable[[], object | None] = lambda: None
+        self.pass_at_hand: object | None = None  # which has filled the slots of all groups at once, see `slots`
         self._home = None if self.quantised else self._move_in(projections)
 
     @property
@@ -119,12 +120,31 @@ class StackedWeight:
             ops.dequantise([p.base.weight for p in projections], buffer[: self.outputs, : self.inputs])
             ops.fill_slots(buffer, adapters, self.rows, self.inputs)
             return buffer
-        if self.rank and self._filled_by() is not owner:
+        if self.rank and not self.belongs_to(owner):
             ops.fill_slots(self._home, adapters, self.rows, self.inputs)
-            self._filled_by = weakref.ref(owner)
+            self.claim(owner)
         return self._home
 
+    @property
+    def has_slots(self) -> bool:
+        """True where adapters stand beside the weights for good."""
+        return self._home is not None and self.rank > 0
+
+    def slots(self, projections: Sequence[Projection]) -> list[tuple[Tensor, Tensor, float]]:
+        """(factor, its place, what it is multiplied by) of each adapter."""
+        assert self._home is not None
+        found = []
+        for projection, (rows, ranks) in zip(projections, self.places()):
+            if projection.adapter is not None:
+                a, b, below = projection.adapter.a, projection.adapter.b, slice(self.outputs + ranks.start, self.outputs + ranks.stop)
+                beside = slice(self.inputs + ranks.start, self.inputs + ranks.stop)
+                found += [(a, self._home[below, : self.inputs], 1.0), (b, self._home[rows, beside], projection.adapter.scale)]
+        return found
+
     def claim(self, owner: object) -> None:
-        """Note that the slots hold the adapters of `owner`'s pass: a replayed graph has filled them."""
-        if self._home is not None and self.rank:
-            self._filled_by = weakref.ref(owner)
+        """Note that the slots hold the adapters of `owner`'s pass."""
+        self._filled_by = weakref.ref(owner)
+
+    def belongs_to(self, owner: object) -> bool:
+        """True while no other pass has filled the slots since `owner`'s did."""
+        return self._filled_by() is owner

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from exactune.lora.group import Group
+from exactune.lora.slots import Slots
 
 SEEN_BEFORE = 2  # eager passes of a key before it is recorded: shapes that never come again are not worth it
 MOST = 12  # recordings a model; each holds the activations of its pass
@@ -87,7 +88,7 @@ class Recording:
         names, self.trained = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))  # all of one dtype
         self._storage = [p.detach() for p in self.trained]  # what the graphs read stays allocated as long as they do
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-        self._groups = groups
+        self._slots = Slots(groups)
         self._open: Callable[[], object | None] = lambda: None
         live: list[tuple[tuple[Tensor, ...], list[Tensor]]] = []
 
@@ -95,7 +96,7 @@ class Recording:
             # Through aliases made here: a parameter's own gradient node belongs to the stream that it was first used on, as long as
             # any loss of an earlier step is alive, and that stream may not be waited for while another is recorded.
             carrier = _Carrier(model, compute)
-            with torch.enable_grad():
+            with torch.enable_grad(), self._slots.filled():
                 aliases = [p.view_as(p) for p in self.trained]
                 places = {f"model.{name}": alias for name, alias in zip(names, aliases)}
                 outputs = torch.func.functional_call(carrier, places, (self._inputs,))
@@ -124,8 +125,7 @@ class Recording:
         for name, place in self._inputs.items():
             place.copy_(inputs[name], non_blocking=True)
         self._forward()
-        for group in self._groups:
-            group.claim_slots()
+        self._slots.claim()
 
     def outputs(self, token: object) -> tuple[Tensor, ...]:
         """What `start` gave, copied; the recording waits for its backward for as long as `token` lives."""
@@ -134,8 +134,7 @@ class Recording:
 
     def backward(self, upstream: Tensor) -> list[Tensor]:
         """The gradients of `trained` for the last forward, copied: views of one fresh tensor, which autograd takes as they are."""
-        for group in self._groups:
-            group.restore_slots()
+        self._slots.restore()
         self._upstream.copy_(upstream)
         self._backward()
         self._open = lambda: None
