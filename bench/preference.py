@@ -1,11 +1,13 @@
 """One preference step (DPO or ORPO): stock TRL, Unsloth and Exactune on the same weights, pairs and seed, one process each.
 
-    python bench/preference.py --model DIR --method dpo --bits 4 --pairs 2 --tokens 2048 --kinds trl unsloth exactune
+    python bench/preference.py --model DIR --method dpo --bits 4 --pairs 2 --tokens 2048 --kinds trl exactune exactune-host unsloth
 
 Prints tokens/s (both answers of a pair count), milliseconds, peak allocated and reserved GiB, and the largest relative difference
-of the losses from the first kind's. `--out FILE` appends one JSON line a kind. Conditions: LoRA on all seven linears, TRL's own
-trainer and its fused AdamW, bf16 autocast, rows of `--tokens` words a quarter of which are the prompt, three warm-up steps, median
-of the rest. `--cpu` runs without a GPU: it tries the plumbing, and its memory is the process's.
+of the losses from the first kind's. `--out FILE` appends one JSON line a kind as soon as it is measured; a kind that takes longer than
+`--timeout` seconds, loading included, is given up. Conditions: LoRA on all seven linears, TRL's own trainer and its fused AdamW, bf16
+autocast, rows of `--tokens` words a quarter of which are the prompt, three warm-up steps, median of the rest. With `--checkpointing 1`
+every kind recomputes its layers; `unsloth` and `exactune-host` keep what they recompute from in host memory.
+`--cpu` runs without a GPU: it tries the plumbing, and its memory is the process's.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from train import GIB, LINEARS, WARM_UP, provenance, run_worker
+from report import append_results, print_results, provenance, run_worker
+from train import GIB, LINEARS, WARM_UP
 
+KINDS = ["trl", "exactune", "exactune-host", "unsloth"]
 WORDS = 2000
 
 
@@ -29,13 +33,14 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model folder (make_random_llama.py writes one)")
     parser.add_argument("--method", choices=["dpo", "orpo"], default="dpo")
-    parser.add_argument("--kinds", nargs="+", default=["trl", "unsloth", "exactune"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--bits", choices=["16", "4"], default="4")
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--checkpointing", type=int, default=1)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--timeout", type=float, default=240, help="seconds for one kind")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--out", type=Path, help="append the results here, one JSON line each")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -89,9 +94,12 @@ def build(kind: str, args: argparse.Namespace):
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, device_map=place, attn_implementation="sdpa", **quantised)
     torch.manual_seed(3407)
     model = get_peft_model(model, LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=LINEARS, task_type="CAUSAL_LM"))
-    if kind == "exactune":
+    if kind.startswith("exactune"):
         from exactune import accelerate
+        from exactune.models.checkpointing import apply_checkpointing
 
+        recompute = "unsloth" if kind == "exactune-host" else True
+        apply_checkpointing(model, recompute if args.checkpointing else False)
         print(accelerate(model).summary(), file=sys.stderr)
     return model
 
@@ -113,7 +121,7 @@ def trainer_of(kind: str, args: argparse.Namespace, model, folder: str, clock):
         from trl import DPOConfig, DPOTrainer
 
         trainer = DPOTrainer(args=DPOConfig(**common), **given)
-        if kind == "exactune":
+        if kind.startswith("exactune"):
             from exactune.train import lean
 
             lean(trainer)
@@ -122,7 +130,7 @@ def trainer_of(kind: str, args: argparse.Namespace, model, folder: str, clock):
         from trl.experimental.orpo import ORPOConfig, ORPOTrainer
     except ImportError:  # the TRL that a peer pins may be older
         from trl import ORPOConfig, ORPOTrainer
-    if kind == "exactune":
+    if kind.startswith("exactune"):
         from exactune.train import FusedORPOTrainer as ORPOTrainer
     return ORPOTrainer(args=ORPOConfig(**common), **given)
 
@@ -177,7 +185,17 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
         "peak_gib": round(peak, 2),
         "reserved_gib": round(reserved, 2),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "stock_calls": stock_calls(kind, model),
     }
+
+
+def stock_calls(kind: str, model) -> dict[str, int]:
+    """How often the accelerated model handed its inputs to a stock part, by reason."""
+    if not kind.startswith("exactune"):
+        return {}
+    from exactune.models.accelerate import report_of
+
+    return dict(report_of(model).stock_calls)
 
 
 def main() -> None:
@@ -185,27 +203,16 @@ def main() -> None:
     if args.worker:
         print(json.dumps(measure(args.worker, args)))
         return
-    results = [run_worker(kind) for kind in args.kinds]
-    reference = next((r["losses"] for r in results if "losses" in r), [])
     shape = f"{args.pairs} pairs x {args.tokens}"
     title = f"{args.method} {Path(args.model).name} {args.bits}-bit {shape} checkpointing={args.checkpointing} r={args.rank}"
-    print(f"\n{title}\n{'':10} {'tokens/s':>9} {'ms':>8} {'peak GiB':>9} {'reserved':>9} {'loss diff':>10}")
-    for r in results:
-        if "error" in r:
-            print(f"{r['kind']:10} {r['error']}")
-            print(r["stderr"], file=sys.stderr)
-            continue
-        diff = max(abs(a - b) / abs(b) for a, b in zip(r["losses"], reference))
-        print(f"{r['kind']:10} {r['tokens_s']:9} {r['ms']:8.1f} {r['peak_gib']:9.2f} {r['reserved_gib']:9.2f} {diff:10.1e}")
-        for note in r["notes"]:
-            print(f"{'':10} {note}")
-    if args.out:
-        about = {} if args.cpu else provenance()
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a") as file:
-            for r in results:
-                r.pop("stderr", None)
-                file.write(json.dumps({"title": title, **r, **about}) + "\n")
+    results = []
+    for kind in args.kinds:
+        result = run_worker(kind, args.timeout)
+        result.setdefault("notes", []).extend(f"{n} calls ran stock: {why}" for why, n in result.get("stock_calls", {}).items())
+        results.append(result)
+        if args.out:  # at once: what is measured is not lost with a later kind
+            append_results(args.out, results[-1:], title=title, **provenance())
+    print_results(title, results)
 
 
 if __name__ == "__main__":

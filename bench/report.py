@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 
-def run_worker(kind: str) -> dict[str, Any]:
-    """This very command once more, as the worker for one kind."""
-    done = subprocess.run([sys.executable, *sys.argv, "--worker", kind], capture_output=True, text=True)
+def run_worker(kind: str, timeout: float | None = None) -> dict[str, Any]:
+    """This very command once more, as the worker for one kind; given up after `timeout` seconds."""
+    try:
+        done = subprocess.run([sys.executable, *sys.argv, "--worker", kind], capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired as error:
+        tail = (error.stderr or b"").decode(errors="replace")[-3000:]
+        return {"kind": kind, "error": f"not done after {timeout:g} s", "stderr": tail}
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         return {"kind": kind, "error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300], "stderr": done.stderr[-3000:]}
@@ -25,7 +29,7 @@ def provenance() -> dict[str, Any]:
     import torch
 
     versions = {}
-    for name in ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "unsloth"):
+    for name in ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel", "unsloth"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
