@@ -5,12 +5,14 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from rich.console import Console
 from rows import WORDS, write
 from safetensors.torch import load_file
 from test_sft import stop_after
 
 from exactune.data import prepare
+from exactune.data.mixture import mix_streams
 from exactune.data.stream import SAMPLE, prepare_stream
 from exactune.errors import ConfigError, DataError
 from exactune.train import TrainConfig, train
@@ -54,8 +56,51 @@ def test_a_bad_row_far_down_is_named_or_passed_over(tmp_path):
     assert len(list(prepare_stream(path, tokenizer, max_length=48, skip_bad_rows=True).dataset)) == SAMPLE + 10
 
 
+def test_streams_are_mixed_by_their_weights(tmp_path):
+    tokenizer = tiny_tokenizer()
+    names = [write(tmp_path, "small", many(100)), write(tmp_path, "large", [{"text": f"river {i}"} for i in range(300)])]
+
+    def mixed(weights):
+        parts = [prepare_stream(name, tokenizer, max_length=48, seed=1) for name in names]
+        return mix_streams(parts, names, weights, seed=1)
+
+    mixture = mixed([0.75, 0.25])
+    texts = [tokenizer.decode(row["input_ids"]) for row in mixture.dataset]
+    answers = [text for text in texts if "Say" in text]
+    assert len(answers) / len(texts) == pytest.approx(0.75, abs=0.05)
+    assert len(set(texts)) == 400  # both are read to their end, the small one again and again
+    assert texts == [tokenizer.decode(row["input_ids"]) for row in mixed([3, 1]).dataset]
+    assert mixture.notes[0].endswith("small.jsonl: 75% of the rows") and len(mixture.rows) == len(mixture.lengths) == 400
+
+
+def test_a_folder_gives_the_split_that_trains_and_a_saved_set_its_rows(tmp_path):
+    tokenizer, folder = tiny_tokenizer(), tmp_path / "folder"
+    folder.mkdir()
+    write(folder, "train", many(5))
+    write(folder, "test", many(3))
+    assert len(list(prepare_stream(folder, tokenizer, max_length=48).dataset)) == 5
+    assert len(list(prepare_stream(folder, tokenizer, max_length=48, split="test").dataset)) == 3
+    Dataset.from_list(many(7)).save_to_disk(str(tmp_path / "saved"))
+    assert len(list(prepare_stream(tmp_path / "saved", tokenizer, max_length=48).dataset)) == 7
+    with pytest.raises(ConfigError, match="does not apply to one file"):
+        prepare_stream(folder / "train.jsonl", tokenizer, max_length=48, split="test")
+
+
+def test_training_on_two_streams(settings, tmp_path):
+    sources = [write(tmp_path, "rows", many(40)), write(tmp_path, "texts", [{"text": f"river {i}"} for i in range(40)])]
+    settings |= {"streaming": True, "dataset": sources, "max_steps": 2, "warmup_steps": 0}
+    with pytest.raises(ConfigError, match="Give dataset_weights"):
+        train(TrainConfig(**settings), console=Console(file=io.StringIO()))
+    result = train(TrainConfig(**settings, dataset_weights=[0.5, 0.5]), console=Console(file=io.StringIO()))
+    assert len(result.metrics) == 2
+
+
 def test_what_a_stream_cannot_do_is_told(settings, tmp_path):
     with pytest.raises(ConfigError, match="Set max_steps"):
         train(TrainConfig(**settings, streaming=True), console=Console(file=io.StringIO()))
-    with pytest.raises(ConfigError, match="cannot be read in part"):
+    with pytest.raises(ConfigError, match="objective dpo does not use it"):
+        train(TrainConfig(**settings, streaming=True, max_steps=2, objective="dpo"), console=Console(file=io.StringIO()))
+    with pytest.raises(DataError, match="no file or folder owner/name"):
         prepare_stream("owner/name", tiny_tokenizer(), max_length=48)
+    with pytest.raises(DataError, match="no file missing"):
+        prepare_stream("missing.jsonl", tiny_tokenizer(), max_length=48)

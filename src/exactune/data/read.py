@@ -9,6 +9,7 @@ from typing import Any
 
 from exactune.data.files import LINE_NUMBERED, READERS, kind_of
 from exactune.data.rows import BadRow, Rows, refuse_or_skip
+from exactune.data.sets import is_saved, one_split, open_hub, open_saved
 from exactune.errors import ConfigError, DataError
 
 KINDS = ", ".join(sorted(READERS))
@@ -29,7 +30,7 @@ def read_rows(source: Any, *, split: str | None = None, skip_bad_rows: bool = Fa
     if isinstance(source, (str, Path)):
         rows = _from_name(source, split, skip_bad_rows)
     elif isinstance(source, Sequence) and source and all(isinstance(item, (str, Path)) for item in source):
-        rows = _from_files([_existing(Path(item)) for item in source], ", ".join(Path(item).name for item in source), skip_bad_rows)
+        rows = _from_files([existing(Path(item)) for item in source], ", ".join(Path(item).name for item in source), skip_bad_rows)
     else:
         rows = _from_memory(source, split, skip_bad_rows)
     if not rows.records:
@@ -43,20 +44,20 @@ def _from_name(source: str | Path, split: str | None, skip: bool) -> Rows:
     path = Path(source).expanduser()
     if path.is_dir():
         return _from_folder(path, split, skip)
-    if path.is_file() or isinstance(source, Path) or _looks_like_a_file(source):
-        path = _existing(path)
+    if path.is_file() or isinstance(source, Path) or looks_like_a_file(source):
+        path = existing(path)
         if split is not None:
             raise ConfigError(f"`split` ({split!r}) does not apply to one file ({path}).", "Name the file that holds the split you mean.")
         return _from_files([path], path.name, skip)
-    return _from_hub(source, split, skip)
+    return _from_memory(open_hub(source, split), None, skip, origin=source)
 
 
-def _looks_like_a_file(name: str) -> bool:
+def looks_like_a_file(name: str) -> bool:
     """Hub names have no data suffix, at most one slash, and do not start like a path."""
     return bool(kind_of(Path(name))) or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or not name.strip()
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
     path = path.expanduser()
     if path.is_file():
         return path
@@ -98,31 +99,26 @@ def _lined(path: Path) -> bool:
 
 
 def _from_folder(path: Path, split: str | None, skip: bool) -> Rows:
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        import datasets
-
-        try:
-            return _from_memory(datasets.load_from_disk(str(path)), split, skip, origin=str(path))
-        except (OSError, ValueError, KeyError) as error:  # what load_from_disk raises for damaged folders
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{path}: not a whole saved data set ({error}).", "Save it again with `Dataset.save_to_disk`.") from error
-    files = sorted(entry for entry in path.iterdir() if entry.is_file() and kind_of(entry))
-    if not files:
-        raise DataError(f"The folder {path} holds no data files.", f"Files that can be read end in {KINDS}.")
-    wanted = split or "train"
-    chosen = [file for file in files if file.name.split(".")[0].split("-")[0] == wanted or file.name.startswith(f"{wanted}_")]
-    if split is not None and not chosen:
-        raise DataError(f"The folder {path} has no file for the split {split!r}.", f"It holds: {', '.join(file.name for file in files)}.")
-    chosen = chosen or files
+    if is_saved(path):
+        return _from_memory(open_saved(path, split), None, skip, origin=str(path))
+    chosen = files_of_split(path, split)
     return _from_files(chosen, f"{path} ({', '.join(file.name for file in chosen)})", skip)
 
 
+def files_of_split(folder: Path, split: str | None) -> list[Path]:
+    """The data files of `folder` that hold `split`, by their names; all of them where none is named for a split."""
+    files = sorted(entry for entry in folder.iterdir() if entry.is_file() and kind_of(entry))
+    if not files:
+        raise DataError(f"The folder {folder} holds no data files.", f"Files that can be read end in {KINDS}.")
+    wanted = split or "train"
+    chosen = [file for file in files if file.name.split(".")[0].split("-")[0] == wanted or file.name.startswith(f"{wanted}_")]
+    if split is not None and not chosen:
+        raise DataError(f"The folder {folder} has no file for the split {split!r}.", f"It holds: {', '.join(file.name for file in files)}.")
+    return chosen or files
+
+
 def _from_memory(source: Any, split: str | None, skip: bool, origin: str = "the given rows") -> Rows:
-    if hasattr(source, "column_names") and isinstance(source, dict):  # a DatasetDict
-        source = _pick_split(source, split, origin)
-    elif split is not None:
-        raise ConfigError(f"`split` ({split!r}) does not apply to {origin}: there are no splits in it.", "Leave `split` out.")
+    source = one_split(source, split, origin)
     if isinstance(source, dict) or not isinstance(source, Iterable):
         raise DataError(f"Rows have to be a list of dicts or a `datasets.Dataset`, not {type(source).__name__}.", "")
     rows = Rows([], [], origin, unit="row")
@@ -133,28 +129,3 @@ def _from_memory(source: Any, split: str | None, skip: bool, origin: str = "the 
         rows.records.append(row)
         rows.numbers.append(index + 1)
     return refuse_or_skip(rows, bad, skip=skip)
-
-
-def _pick_split(splits: Any, split: str | None, origin: str) -> Any:
-    if split is None and len(splits) == 1:
-        return next(iter(splits.values()))
-    wanted = split or "train"
-    if wanted not in splits:
-        raise DataError(f"{origin} has no split {wanted!r}.", f"Its splits: {', '.join(map(str, splits))}.")
-    return splits[wanted]
-
-
-def _from_hub(name: str, split: str | None, skip: bool) -> Rows:
-    import datasets
-
-    owner_name, _, config = name.partition(":")
-    try:
-        found = datasets.load_dataset(owner_name, config or None, split=split)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise DataError(
-            f"There is no file or folder {name}, and no such data set on the hub that you may read.", "Check the name."
-        ) from error
-    except (OSError, ValueError, RuntimeError) as error:  # offline and its kin; a config or split that is not there
-        mend = "Without a network, give a local file or folder, or a data set that is in the cache already."
-        raise DataError(f"There is no file or folder {name}, and the hub gave: {' '.join(str(error).split())[:300]}", mend) from error
-    return _from_memory(found, None, skip, origin=name)

@@ -1,8 +1,8 @@
-"""Files larger than memory, read while training: the first rows tell format and lengths, the others are encoded as they come."""
+"""Sets larger than memory, read while training: the first rows tell format and lengths, the others are encoded as they come."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,17 @@ from exactune.data.encode import Encoder
 from exactune.data.files import READERS, kind_of
 from exactune.data.formats import named
 from exactune.data.prepare import Prepared, encode_rows, prepare, renderer
-from exactune.data.read import KINDS
+from exactune.data.read import existing, files_of_split, looks_like_a_file
 from exactune.data.render import TrainOn
 from exactune.data.rows import BadRow, Rows
+from exactune.data.sets import is_saved, open_hub, open_saved
 from exactune.errors import ConfigError, DataError
 
 SAMPLE = 1000  # rows that are looked at before training
 SHUFFLED = 10_000  # rows among which the next one is drawn
+
+# (what was read, number of the row in it, the row)
+Numbered = Iterator[tuple[str, int, "dict[str, Any] | BadRow"]]
 
 
 def prepare_stream(
@@ -26,29 +30,31 @@ def prepare_stream(
     *,
     max_length: int,
     format: str | None = None,
+    split: str | None = None,
     skip_bad_rows: bool = False,
     train_on: TrainOn = "auto",
     masked: Collection[str] = (),
     seed: int = 0,
 ) -> Prepared:
-    """`source` (a file, or a folder of files) as an iterable data set, shuffled within a window of `SHUFFLED` rows.
+    """`source` (a file, a folder of files, a saved data set, or a hub name) as an iterable data set, shuffled within a window of
+    `SHUFFLED` rows. Rows of the hub are fetched as they are read, and not kept.
 
     Everything but `dataset` in the result speaks of the first `SAMPLE` rows. A later row that cannot be used ends training with its
     place, unless `skip_bad_rows`; one with nothing to learn is passed over.
 
-    Raises: `DataError` as `prepare`; `ConfigError` for a source that cannot be read in part.
+    Raises: `DataError` as `prepare`.
     """
     import datasets
 
-    files = _files(source)
-    sample = _sample(files, skip_bad_rows)
+    read = _reader(source, split)
+    sample = _sample(str(source), read, skip_bad_rows)
     options: dict[str, Any] = {"train_on": train_on, "masked": masked}
     prepared = prepare(sample, tokenizer, max_length=max_length, format=format, skip_bad_rows=skip_bad_rows, **options)
     found = named(prepared.format, sample.records[0])
     render, encoder = renderer(found, tokenizer, train_on, masked), Encoder(tokenizer)
 
     def encoded() -> Iterator[dict[str, Any]]:
-        for place, row in _normal(files, found, skip_bad_rows):
+        for place, row in _normal(read(), found, skip_bad_rows):
             refused: dict[int, BadRow] = {}
             for _, sequences in encode_rows([row], render, encoder, refused):
                 for sequence in sequences:
@@ -59,30 +65,50 @@ def prepare_stream(
 
     stream = datasets.IterableDataset.from_generator(encoded)
     prepared.dataset = stream.shuffle(seed=seed, buffer_size=SHUFFLED)
-    prepared.notes.insert(0, f"Rows are read while training: the numbers above are of the first {len(sample):,}.")
+    prepared.notes.insert(0, f"{source} is read while training: the numbers above are of its first {len(sample):,} rows.")
     return prepared
 
 
-def _files(source: str | Path) -> list[Path]:
+def _reader(source: str | Path, split: str | None) -> Callable[[], Numbered]:
+    """A function that begins to read `source` anew."""
     path = Path(source).expanduser()
-    found = sorted(file for file in path.iterdir() if kind_of(file)) if path.is_dir() else [path]
-    if not found or not all(file.is_file() and kind_of(file) for file in found):
-        raise ConfigError(f"{source} cannot be read in part.", f"`streaming` takes files, or a folder of files, that end in {KINDS}.")
-    return found
+    if path.is_dir() and is_saved(path):
+        saved = open_saved(path, split)
+        return lambda: _of_dataset(str(path), saved)
+    if path.is_dir():
+        files = files_of_split(path, split)
+    elif path.is_file() or isinstance(source, Path) or looks_like_a_file(source):
+        if split is not None:
+            raise ConfigError(f"`split` ({split!r}) does not apply to one file ({path}).", "Name the file that holds the split you mean.")
+        files = [existing(path)]
+    else:
+        remote = open_hub(source, split, streaming=True)
+        return lambda: _of_dataset(source, remote)
+    return lambda: _of_files(files)
 
 
-def _raw(files: list[Path]) -> Iterator[tuple[Path, int, dict[str, Any] | BadRow]]:
+def _of_files(files: list[Path]) -> Numbered:
     for file in files:
         for number, row in READERS[kind_of(file)](file):
-            yield file, number, row
+            yield str(file), number, row
 
 
-def _sample(files: list[Path], skip: bool) -> Rows:
-    rows = Rows([], [], ", ".join(file.name for file in files), unit="row")
-    for file, number, row in islice(_raw(files), SAMPLE):
+def _of_dataset(name: str, dataset: Any) -> Numbered:
+    number = 0
+    try:
+        for number, row in enumerate(dataset, 1):
+            yield name, number, row
+    except OSError as error:  # the network is gone, for longer than `datasets` tries again
+        mend = "Go on with `exactune train --resume` once it can be reached."
+        raise DataError(f"{name} could not be read on after row {number:,}: {' '.join(str(error).split())[:300]}", mend) from error
+
+
+def _sample(name: str, read: Callable[[], Numbered], skip: bool) -> Rows:
+    rows = Rows([], [], name, unit="row")
+    for origin, number, row in islice(read(), SAMPLE):
         if isinstance(row, BadRow):
             if not skip:
-                raise DataError(f"{file}, row {number}: {row}", "Mend it, or go on without such rows: --skip-bad-rows.")
+                raise DataError(f"{origin}, row {number}: {row}", "Mend it, or go on without such rows: --skip-bad-rows.")
             rows.skipped.append((number, str(row)))
         else:
             rows.records.append(row)
@@ -92,13 +118,13 @@ def _sample(files: list[Path], skip: bool) -> Rows:
     return rows
 
 
-def _normal(files: list[Path], format: Any, skip: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def _normal(read: Numbered, format: Any, skip: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, normalised row) of every row that can be used."""
-    for file, number, row in _raw(files):
+    for origin, number, row in read:
         try:
             if isinstance(row, BadRow):
                 raise row
-            yield f"{file}, row {number}", format.normalise(row)
+            yield f"{origin}, row {number}", format.normalise(row)
         except BadRow as reason:
             if not skip:
-                raise DataError(f"{file}, row {number}: {reason}", "Mend it, or go on without such rows: --skip-bad-rows.") from reason
+                raise DataError(f"{origin}, row {number}: {reason}", "Mend it, or go on without such rows: --skip-bad-rows.") from reason

@@ -16,12 +16,14 @@ def check_before_loading(config: TrainConfig) -> None:
         if importlib.util.find_spec(tracker) is None:
             raise ConfigError(f"report_to names {tracker}, which is not installed.", f"Run `pip install {tracker}`, or leave it out.")
     _check_optimizer(config.optim)
-    if config.streaming and (
-        config.max_steps < 0 or config.packing or config.group_by_length or config.val_size or len(config.sources()) > 1
-    ):
+    if config.streaming and (config.max_steps < 0 or config.packing or config.group_by_length or config.val_size):
         raise ConfigError(
-            "streaming reads one data set in its order, whose end it does not know.",
-            "Set max_steps, and leave out packing, group_by_length, val_size (eval_dataset takes its place) and further data sets.",
+            "streaming reads rows in their order, whose end it does not know.",
+            "Set max_steps, and leave out packing, group_by_length and val_size (eval_dataset takes its place).",
+        )
+    if config.streaming and len(config.sources()) > 1 and not config.dataset_weights:
+        raise ConfigError(
+            "streaming cannot tell how many rows each data set has.", "Give dataset_weights: the share of the rows that each is to make up."
         )
     if config.init_lora_weights == "loftq" and not device.has_cuda():
         raise DeviceError(

@@ -51,7 +51,7 @@ def read_sources(config: TrainConfig) -> Sources:
 def prepare_sources(config: TrainConfig, objective: Objective, sources: Sources, tokenizer: Any) -> Prepared:
     """The rows of every source as the objective's trainer takes them, mixed by `dataset_weights`."""
     if config.streaming:
-        return objective.stream(config.sources()[0], tokenizer)
+        return objective.stream(tokenizer)
     prepared = [objective.prepare(rows, tokenizer) for rows in (sources.train, *sources.further)]
     return mix(prepared, config.sources(), config.dataset_weights, config.seed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +17,7 @@ from exactune.train.scores import Scored
 from exactune.train.settings import unused_settings
 
 
-class Objective:
+class Objective(ABC):
     """One way to train. Subclasses say how rows are prepared, which trainer learns from them, and how held-out rows are scored."""
 
     uses: tuple[str, ...] = ()  # the settings that this objective reads and not every other does
@@ -51,13 +52,13 @@ class Objective:
             random_state=config.seed,
         )
 
+    @abstractmethod
     def prepare(self, rows: Rows, tokenizer: Any) -> Prepared:
         """`rows` as this objective's trainer takes them."""
-        raise NotImplementedError
 
-    def stream(self, source: str, tokenizer: Any) -> Prepared:
-        """The rows of `source`, read while training."""
-        raise NotImplementedError
+    def stream(self, tokenizer: Any) -> Prepared:
+        """The rows of the configuration's sources, read while training."""
+        raise ConfigError(f"objective {self.config.objective} reads its rows before training, not during it.", "Leave out streaming.")
 
     def adapt(self, model: Any) -> Any:
         """`model` with what is trained on it: an adapter, or every weight."""
@@ -96,9 +97,9 @@ class Objective:
         names = [name.rpartition(".")[2] for name, module in model.named_modules() if id(module) in ends]
         return list(dict.fromkeys([*(config.modules_to_save or []), *names]))
 
+    @abstractmethod
     def trainer(self, run: RunFolder, model: Any, tokenizer: Any, rows: Prepared, held_out: Prepared | None, callbacks: list[Any]) -> Any:
         """TRL's trainer for this objective, writing into `run`."""
-        raise NotImplementedError
 
     def run_arguments(self, run: RunFolder, model: Any, tokenizer: Any, held_out: Prepared | None) -> dict[str, Any]:
         """Keyword arguments that `InRunFolder` takes beside those of TRL's trainer."""
@@ -115,17 +116,17 @@ class Objective:
         """Arguments that every trainer's config takes."""
         return common_arguments(self.config, model, run.path)
 
+    @abstractmethod
     def watch(self, model: Any, tokenizer: Any, held_out: Prepared) -> dict[str, float]:
         """What is measured on held-out rows every `eval_steps` updates, by the names that metrics.jsonl gives them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, model: Any, tokenizer: Any, held_out: Prepared) -> Scored:
         """How `model` does on held-out rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scores_from(self, values: dict[str, Any]) -> Scored:
         """The scores whose `as_dict` gave `values`."""
-        raise NotImplementedError
 
     def rows_unit(self) -> str:
         """What a batch is made of, in the banner."""

@@ -8,6 +8,7 @@ from typing import Any
 from trl import SFTConfig, SFTTrainer
 
 from exactune.data import Prepared, Rows
+from exactune.data.mixture import mix_streams
 from exactune.data.stream import prepare_stream
 from exactune.evaluate import Scores, evaluate, held_out_loss
 from exactune.train.grouping import LengthGroupedSampler
@@ -42,8 +43,11 @@ class Supervised(Objective):
     def prepare(self, rows: Rows, tokenizer: Any) -> Prepared:
         return prepare_rows(self.config, rows, tokenizer, split_long=self.split_long)
 
-    def stream(self, source: str, tokenizer: Any) -> Prepared:
-        return prepare_stream(source, tokenizer, **reading(self.config), seed=self.config.seed)
+    def stream(self, tokenizer: Any) -> Prepared:
+        config = self.config
+        options = reading(config) | {"split": config.dataset_split, "seed": config.seed}
+        parts = [prepare_stream(source, tokenizer, **options) for source in config.sources()]
+        return mix_streams(parts, config.sources(), config.dataset_weights or [1.0], config.seed)
 
     def trainer(self, run: RunFolder, model: Any, tokenizer: Any, rows: Prepared, held_out: Prepared | None, callbacks: list[Any]) -> Any:
         config = self.config
