@@ -2,14 +2,19 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 
-.PHONY: quickstart test test-gguf check install clean
+.PHONY: quickstart test test-oldest test-gguf check install clean
 
 quickstart: $(VENV)/installed
 	@$(BIN)/exactune quickstart $(ARGS)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+# The same tests on the oldest versions that are supported (scripts/oldest.txt), in an environment of their own.
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 # GGUF files are judged by llama.cpp, which is compiled on the first install: some minutes, and a C++ compiler.
 test-gguf: $(VENV)/installed-gguf
@@ -33,5 +38,8 @@ $(VENV)/installed-gguf: $(VENV)/installed-test
 $(VENV)/installed-check: $(VENV)/installed-test
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/install.sh test,check && touch $@
 
+$(OLDEST)/installed: pyproject.toml scripts/install.sh scripts/oldest.txt
+	@PYTHON="$(PYTHON)" VENV="$(OLDEST)" PIP_CONSTRAINT=scripts/oldest.txt sh scripts/install.sh test && touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache

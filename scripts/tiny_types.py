@@ -12,14 +12,17 @@ SHAPE = {
 }  # fmt: skip
 EXPERTS = {
     "moe_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
-    "topk_group": 1, "router_aux_loss_coef": 0.0,
+    "topk_group": 1, "router_aux_loss_coef": 0.0, "first_k_dense_replace": 1,
 }  # fmt: skip
-LATENT = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "head_dim": 8}
+LATENT = {
+    "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "head_dim": 8,
+    "num_key_value_heads": 4,
+}  # fmt: skip
 FULL = {"layer_types": ["full_attention"] * 2}
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 ATTEMPTS: tuple[dict[str, Any], ...] = (
     {}, EXPERTS, {**EXPERTS, **LATENT}, {"head_dim": None}, {**EXPERTS, "head_dim": None}, HYBRID,
-    {**EXPERTS, **HYBRID}, {**EXPERTS, **FULL},
+    {**EXPERTS, **HYBRID}, {**EXPERTS, **FULL}, {**EXPERTS, **LATENT, **HYBRID},
 )  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 8, "head_dim": None},
@@ -45,8 +48,14 @@ OWN: dict[str, dict[str, Any]] = {
         **EXPERTS, **HYBRID, "shared_expert_intermediate_size": 32, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
         "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     },
+    "dots1": {**EXPERTS, "n_shared_experts": 1},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 32},
-    "nemotron_h": {"head_dim": 16, "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, **EXPERTS},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 8, "n_groups": 1},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16,
+        "vocab_size_per_layer_input": 160, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "activation_sparsity_pattern": [0.0, 0.0],
+        "intermediate_size": [96, 96],
+    },
     "falcon_h1": {
         "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mlp_multipliers": [0.7, 0.4],
         "key_multiplier": 0.5, "attention_out_multiplier": 0.9, "attention_in_multiplier": 1.1, "lm_head_multiplier": 0.6,
@@ -157,9 +166,11 @@ def with_lora(model: Any, dtype: torch.dtype = torch.float64) -> Any:
 
     head = model.get_output_embeddings()
     named = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and m is not head]
-    if hasattr(model.config, "mamba_d_ssm") or "mamba" in model.config.model_type:
-        named = [n for n in named if not n.endswith("out_proj")]  # PEFT refuses it: the kernels read that weight themselves
-    peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=named or "all-linear"))
+    try:
+        peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=named or "all-linear"))
+    except ValueError:  # Mamba's kernels read the weights of its output projections themselves, so PEFT refuses to adapt those
+        named = [n for n in named if not n.endswith("out_proj")]
+        peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=named))
     torch.manual_seed(1)
     for name, parameter in peft.named_parameters():
         if "lora_" in name:

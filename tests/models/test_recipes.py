@@ -33,9 +33,27 @@ def tiny_gpt_oss(folder):
     return folder
 
 
+def tiny_qwen3_5(folder):
+    """As its checkpoints are: a text model beside a vision tower, of which the text model is loaded."""
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    tokenizer = tiny_tokenizer(folder)
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "max_position_embeddings": 256,
+        "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id,
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision)).save_pretrained(folder)
+    return folder
+
+
 TINY = {
     "llama-3": tiny_llama, "yi": tiny_llama, "mistral": tiny_mistral, "phi-3": tiny_phi3, "phi-4": tiny_phi3, "gemma-2": tiny_gemma2,
     "gemma-3": tiny_gemma3, "qwen-2.5": tiny_qwen2, "deepseek-r1-distill": tiny_qwen2, "qwen-3": tiny_qwen3, "gpt-oss": tiny_gpt_oss,
+    "qwen-3.5": tiny_qwen3_5,
 }  # fmt: skip
 
 
