@@ -40,7 +40,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", type=int, default=1)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--timeout", type=float, default=240, help="seconds for one kind")
+    parser.add_argument("--timeout", type=float, default=150, help="seconds for one kind")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--out", type=Path, help="append the results here, one JSON line each")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -210,6 +210,7 @@ def main() -> None:
         result = run_worker(kind, args.timeout)
         result.setdefault("notes", []).extend(f"{n} calls ran stock: {why}" for why, n in result.get("stock_calls", {}).items())
         results.append(result)
+        print(f"{kind}: {result.get('error') or '{ms} ms, {peak_gib} GiB'.format(**result)}", flush=True)
         if args.out:  # at once: what is measured is not lost with a later kind
             append_results(args.out, results[-1:], title=title, **provenance())
     print_results(title, results)

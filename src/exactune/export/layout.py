@@ -100,13 +100,22 @@ def saved_dtype(slot: Slot, model: Any, dtype: torch.dtype) -> torch.dtype:
 
 def groups_on_disk(model: Any, slots: Sequence[Slot], dtype: torch.dtype) -> list[Group]:
     """The slots, in order, grouped as transformers' conversion to the checkpoint's layout takes them."""
-    from transformers.core_model_loading import WeightConverter, apply_converters
+    from transformers.core_model_loading import WeightConverter
 
-    converters: Any = [c.reverse_transform() for c in _conversions(model)[::-1] if isinstance(c, WeightConverter)]
+    converters = [c.reverse_transform() for c in _conversions(model)[::-1] if isinstance(c, WeightConverter)]
     members: dict[str, list[Slot]] = {}
     for slot in slots:
-        members.setdefault(apply_converters(slot.name, converters)[0], []).append(slot)
+        members.setdefault(_converted_name(slot.name, converters), []).append(slot)
     return [_group(model, tuple(some), dtype) for some in members.values()]
+
+
+def _converted_name(name: str, converters: Sequence[Any]) -> str:
+    """What the first of `converters` that takes `name` makes of it; tensors that become one name are converted together."""
+    for converter in converters:
+        renamed, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            return renamed
+    return name
 
 
 def to_disk_layout(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
