@@ -5,6 +5,8 @@ import torch
 from memory_layers import batch_of, fused_layers, run
 from memory_peak import Peak, kernels_that_only_allocate
 
+from exactune.lora import decoder_layer, gradients
+from exactune.memory import phases
 from exactune.memory.job import Job
 from exactune.memory.offload import HostStore
 from exactune.memory.phases import Step, peak
@@ -14,7 +16,8 @@ from exactune.memory.shape import Shape
 
 WIDE = {"hidden_size": 128, "intermediate_size": 448, "num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 3}
 TOKENS = 1024
-WAYS = [(Tiling(), True), (Tiling(tokens=256, kv_heads=1), True), (Tiling(tokens=256, kv_heads=1), False)]
+TILES = Tiling(tokens=256, kv_heads=1)
+WAYS = [(Tiling(), True, True), (Tiling(), True, False), (TILES, True, False), (TILES, False, False)]
 
 
 class Loss(torch.autograd.Function):
@@ -49,8 +52,15 @@ def measured(monkeypatch, model, layers, policies_of_layers, tiling, ahead):
     return {"forward": forward, "backward": peak.most}
 
 
-@pytest.mark.parametrize(("tiling", "ahead"), WAYS, ids=["whole", "tiles", "tiles, waiting"])
-def test_peak_of_every_policy(monkeypatch, model_and_layers, tiling, ahead):
+def test_few_rows_are_as_many_here_as_in_the_layer():
+    assert phases.FEW_ROWS == gradients.FEW_ROWS
+
+
+@pytest.mark.parametrize(("tiling", "ahead", "few"), WAYS, ids=["few rows", "many rows", "tiles", "tiles, waiting"])
+def test_peak_of_every_policy(monkeypatch, model_and_layers, tiling, ahead, few):
+    if not few:
+        monkeypatch.setattr(phases, "FEW_ROWS", 0)
+        monkeypatch.setattr(decoder_layer, "FEW_ROWS", 0)
     model, layers = model_and_layers
     step = Step(Shape.of(model.config), Job(bits=32, r=4), 1, TOKENS, tiling, ahead)
     off = []

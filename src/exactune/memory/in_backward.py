@@ -6,11 +6,22 @@ clipping by their norm, and accumulation over several passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def _step(optimizer: Any, parameter: Tensor) -> None:
+    """`optimizer.step()`. bitsandbytes' waits for the GPU after each weight, which would empty its queue hundreds of times a backward: once
+    it is set up, what it launches is launched here without that."""
+    if not hasattr(optimizer, "update_step") or not optimizer.initialized or optimizer.is_paged:
+        optimizer.step()
+        return
+    with torch.no_grad():
+        optimizer.update_step(optimizer.param_groups[0], parameter, 0, 0)
 
 
 class StepInBackward(torch.optim.Optimizer):
@@ -25,11 +36,22 @@ class StepInBackward(torch.optim.Optimizer):
         super().__init__([{"params": [p]} for p in self._optimizers], {})
         # The very groups of the optimizers inside, so that a scheduler writes where they read.
         self.param_groups = [optimizer.param_groups[0] for optimizer in self._optimizers.values()]
+        self._paused = False
         self._hooks = [p.register_post_accumulate_grad_hook(self._take) for p in self._optimizers]
 
     def _take(self, parameter: Tensor) -> None:
-        self._optimizers[parameter].step()
+        if not self._paused:
+            _step(self._optimizers[parameter], parameter)
         parameter.grad = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, gradients are freed as they come and no step is taken."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def step(self, closure: Any = None) -> Any:
         """Every step was taken in the backward."""

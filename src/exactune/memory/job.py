@@ -37,6 +37,7 @@ class Job:
     in_backward: bool = False  # each parameter is updated and its gradient freed as soon as that is known
     accumulates: bool = False  # gradients of earlier passes are there while this one runs
     packed: bool = False
+    dropout: bool = False  # of adapters' inputs: its masks count whole rows, so the step may not go in tiles
     deterministic: bool = False
     gpu: bool = True  # False: the reference path on a CPU, whose attention keeps no log-sum-exp
 

@@ -16,6 +16,7 @@ from exactune.memory.policy import WHOLE, Policy, Tiling
 from exactune.memory.shape import BY_AUTOGRAD, Shape
 
 CHUNK_BYTES, ROW_STEP = 1 << 29, 128  # of the head's logits: the rule of `exactune.kernels.head`
+FEW_ROWS = 2048  # up to so many the products that give a layer's adapter gradients wait for each other: `exactune.lora.gradients`
 CUBLAS_WORKSPACE = 32 << 20  # of the allocator, on Hopper; less elsewhere
 
 
@@ -113,15 +114,23 @@ class Step:
         gradient = self.with_room(shape.hidden, "down", "out")
         dy = self.u + gradient if last else gradient
         base = fetched + whole + dy + (0 if self.tiled else gradient) + (self.u if shape.sandwich else 0)
+        waiting = self._waiting(policy)
         inputs = fetched + dy + remade.get("qkv", 0) + self.with_room(shape.hidden, "qkv", rows=t)
         attend = fetched + dy + remade.get("qkv", 0) + self._attention_forward()
         return max(
             inputs if "qkv" in remade else 0,
             attend if "attended" in remade else 0,
             base + self._mlp_backward(policy, part),
-            base + self._attention_backward() + (0 if policy.frees("qkv") else kept["qkv"]),
-            base + (0 if policy.frees("qkv") else kept["qkv"]) + self.u * part + (0 if self.tiled else gradient),
+            base + waiting + self._attention_backward() + (0 if policy.frees("qkv") else kept["qkv"]),
+            base + waiting + (0 if policy.frees("qkv") else kept["qkv"]) + self.u * part + (0 if self.tiled else gradient),
         )
+
+    def _waiting(self, policy: Policy) -> int:
+        """What the MLP's adapter gradients read, still there beside attention's backward: few rows have their products made together."""
+        if self.tiled or self.n > FEW_ROWS or self.job.full:
+            return 0
+        gate_up = 0 if policy.travels("gate_up") and "gate_up" not in policy.dropped else self.kept["gate_up"]  # fetched: counted
+        return gate_up + (self.kept["s"] if "s" in policy.dropped else 0)
 
     def _mlp_backward(self, policy: Policy, part: float) -> float:
         shape, kept, t = self.shape, self.kept, self.tile

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -86,6 +86,18 @@ class Plan:
         host = f", {self.host / GIB:.1f} GiB on the host" if self.host else ""
         return f"{mix}{tiles}; peak {self.peak / GIB:.1f} GiB{host}; {self.relative_speed:.0%} of the speed with everything kept"
 
+    @property
+    def choices(self) -> tuple[tuple[Policy, ...], Tiling, bool]:
+        """What decides the computation: plans for batches of other sizes may agree in it."""
+        return self.layers, self.step.tiling, self.step.ahead
+
+    @classmethod
+    def from_dict(cls, step: Step, values: dict[str, Any]) -> Plan:
+        """The plan for `step` whose `as_dict` gave `values`."""
+        tiling = Tiling(**values["tiling"])
+        step = replace(step, tiling=tiling, ahead=values["ahead"])
+        return cls(step, tuple(policies()[name] for name in values["layers"]))
+
     def as_dict(self) -> dict[str, Any]:
         """For the run folder: what decides the computation, and what was predicted of it."""
         tiling = self.step.tiling
@@ -118,7 +130,7 @@ def spread(first: Policy, second: Policy, count: int, layers: int) -> tuple[Poli
 def settings(step: Step) -> Iterator[Step]:
     """The step in tiles that get smaller, from none; copies wait where memory is tightest."""
     shape = step.shape
-    for rows in TILE_ROWS:
+    for rows in TILE_ROWS[:1] if step.job.dropout else TILE_ROWS:
         if rows is None:
             yield step
         elif rows < step.n:
@@ -142,6 +154,8 @@ def choose(step: Step, budget: int, host: int | None = None) -> Plan | None:
     Two policies are mixed over the layers; ties go to the lower peak.
     """
     everything = (policies()["keep"],) * step.shape.layers
+    if fits(fastest := Plan(step, everything), budget, host):
+        return fastest
     found: list[Plan] = []
     for tiled in settings(step):
         found += _fitting_mixes(tiled, budget, host)
@@ -177,10 +191,10 @@ def _most(fast: Policy, lean: Policy, step: Step, budget: int, host: int | None)
     return best
 
 
-def fits_beside(plan: Plan) -> Plan | None:
+def fits_beside(plan: Plan, host: int | None = None) -> Plan | None:
     """The fastest plan for the same step and tiles, so with the same bits, that takes clearly less; None where there is none."""
     target = sum(plan.fixed.values()) + LEANER * max(plan.phases.values())
-    found = list(_fitting_mixes(plan.step, int(target / (1 - MARGIN)), None))
+    found = list(_fitting_mixes(plan.step, int(target / (1 - MARGIN)), host))
     return min(found, key=lambda other: (other.seconds, other.peak), default=None)
 
 

@@ -16,11 +16,15 @@ Result = TypeVar("Result")
 
 
 class Leaner:
-    """Runs passes under `plan`; `apply` puts another plan into force (and drops what a broken pass left behind)."""
+    """Runs passes under `plan`; `apply` puts another plan into force (and drops what a broken pass left behind).
 
-    def __init__(self, plan: Plan, trained: Sequence[Tensor], apply: Callable[[Plan], None]):
+    `host`: bytes of host memory that a leaner plan may use; None is any. `retries` counts the passes taken again.
+    """
+
+    def __init__(self, plan: Plan, trained: Sequence[Tensor], apply: Callable[[Plan], None], host: int | None = None):
         self.plan = plan
-        self._trained, self._apply = trained, apply
+        self.retries = 0
+        self._trained, self._apply, self._host = trained, apply, host
 
     def run(self, step: Callable[[], Result]) -> Result:
         """`step()`, forward and backward, again under leaner plans for as long as memory does not suffice.
@@ -35,7 +39,7 @@ class Leaner:
             try:
                 result = step()
             except torch.OutOfMemoryError as error:
-                leaner, message = fits_beside(self.plan), str(error).splitlines()[0]
+                leaner, message = fits_beside(self.plan, self._host), str(error).splitlines()[0]
                 self._restore(random, before)
                 if leaner is None:
                     raise
@@ -53,6 +57,7 @@ class Leaner:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.plan = leaner
+        self.retries += 1
         self._apply(leaner)
 
     def _restore(self, random: tuple[Tensor, list[Tensor]], before: list[Tensor | None]) -> None:

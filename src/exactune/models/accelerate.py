@@ -14,16 +14,17 @@ from exactune.lora.live import is_nf4
 from exactune.lora.stacked import Scratch
 from exactune.models.anatomy.norm import read_norm
 from exactune.models.anatomy.watch import Unrecognised, base_of
+from exactune.models.auto_plan import follow_notes
 from exactune.models.causal_loss import CausalForward
 from exactune.models.fused_layer import Shared
 from exactune.models.fused_parts import FusedNorm
 from exactune.models.head import read_head
 from exactune.models.install import Fused, Installer, every_attention_fused, groups_of, whole_layers
-from exactune.models.memory import follow_notes
 from exactune.models.notes import base_model, bind, unbind
 from exactune.models.observe import blocks_of, decoder_of, observe, takes_causal_mask
 from exactune.models.replay import CudaCapture, Passes
 from exactune.models.report import Report
+from exactune.models.wide_stream import WideStream, leaves_range
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Acceleration:
     installed: list[Fused] = field(default_factory=list)  # forwards of ours
     hooks: list[Any] = field(default_factory=list)
     head: CausalForward | None = None
+    wide: WideStream | None = None
 
 
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, Acceleration] = weakref.WeakKeyDictionary()
@@ -93,12 +95,18 @@ def undo(model: Any) -> None:
     state = _ACTIVE.pop(base_model(model), None)
     if state is not None:
         _take_back(base_model(model), state)
+        follow_notes(base_model(model))
 
 
 def _install(base: Any, decoder: Any, blocks: list[Any], state: Acceleration, *, verify: bool, layers: bool) -> None:
+    seen = observe(base, decoder, blocks)
+    if leaves_range([event.y for event in seen.calls if event is not None]):
+        state.wide = WideStream(decoder, base.get_input_embeddings())
+        state.report.wide_stream = True
     head, why = read_head(base, decoder)
     if layers:
-        installer = Installer(observe(base, decoder, blocks), state.shared, state.scratch, state.report, verify, installed=state.installed)
+        whole = state.wide is None  # a whole layer has one dtype
+        installer = Installer(seen, state.shared, state.scratch, state.report, verify, whole, installed=state.installed)
         installer.install(base.config.get_text_config(), "layers")
         _install_final_norms(decoder, state)
     if head is None:
@@ -134,6 +142,8 @@ def _install_final_norms(decoder: Any, state: Acceleration) -> None:
 def _take_back(base: Any, state: Acceleration) -> None:
     for fused in state.installed:
         vars(fused.module).pop("forward", None)
+    if state.wide is not None:
+        state.wide.undo()
     for hook in state.hooks:
         hook.remove()
     unbind(base, "save_pretrained")

@@ -2,7 +2,7 @@
 
 | choice                 | meaning                                                                                          |
 |------------------------|--------------------------------------------------------------------------------------------------|
-| `"auto"`               | a memory plan, where one is made (`exactune.models.memory`); else the trainer decides: TRL's configs     |
+| `"auto"`               | a memory plan, where one is made (`exactune.models.auto_plan`); else the trainer decides: TRL's configs  |
 |                        | turn checkpointing on by default, plain `TrainingArguments` do not                                       |
 | `True`                 | every decoder layer is recomputed in the backward pass (non-reentrant), whatever the trainer says |
 | `"unsloth"`            | the same, and what is kept waits in host memory                                                  |
@@ -44,9 +44,11 @@ def read_choice(choice: Any) -> bool | str:
 def apply_checkpointing(model: Any, choice: Any) -> Any:
     """Set gradient checkpointing on `model` (a transformers or PEFT model) as `choice` says, and keep it through training."""
     wanted = read_choice(choice)
-    base = base_model(model)
-    _offload(base, wanted is True and str(choice).lower() == "unsloth")
-    notes_of(model).checkpointing = choice
+    base, notes = base_model(model), notes_of(model)
+    notes.checkpointing, notes.planned = choice, wanted == "auto"
+    # Layers that are accelerated later ask the model's notes.
+    notes.offload = wanted is True and str(choice).lower() == "unsloth"
+    _follow_notes(base)
     unbind(base, *_ENABLERS)
     if wanted is True:
         _enable(base)
@@ -59,10 +61,8 @@ def apply_checkpointing(model: Any, choice: Any) -> Any:
     return model
 
 
-def _offload(base: Any, wanted: bool) -> None:
-    """Send what the layers keep to host memory, or no longer. Layers that are accelerated later ask the model's notes."""
-    notes_of(base).offload = wanted
-    from exactune.models.memory import follow_notes
+def _follow_notes(base: Any) -> None:
+    from exactune.models.auto_plan import follow_notes
 
     follow_notes(base)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,13 +14,13 @@ from exactune.memory.mends import too_large
 from exactune.memory.offload import HostStore
 from exactune.memory.phases import Step
 from exactune.memory.plan import Plan, choose
-from exactune.memory.policy import OFFLOAD, WHOLE, Policy, Tiling
+from exactune.memory.policy import Policy, Tiling
 from exactune.memory.shape import Shape
 from exactune.models.fused_layer import FusedLayer
 from exactune.models.notes import base_model, notes_of
 
 
-def job_of(model: Any, *, optim: str = "adamw_torch", accumulates: bool = False, packed: bool = False) -> Job:
+def job_of(model: Any, *, optim: str = "adamw_torch", accumulates: bool = False, packed: bool = False, in_backward: bool = False) -> Job:
     """What a step trains on `model` as it stands: formats, adapters, or every weight."""
     base = base_model(model)
     adapters = getattr(model, "peft_config", None)
@@ -39,8 +39,16 @@ def job_of(model: Any, *, optim: str = "adamw_torch", accumulates: bool = False,
         optim=optim,
         accumulates=accumulates,
         packed=packed,
+        dropout=any(getattr(rate, "p", 0.0) > 0 for module in base.modules() for rate in _dropouts(module)),
+        in_backward=in_backward,
         gpu=base.device.type == "cuda",
     )
+
+
+def _dropouts(module: Any) -> Iterable[Any]:
+    """The dropout before each adapter of a PEFT layer."""
+    held = getattr(module, "lora_dropout", None)
+    return held.values() if isinstance(held, torch.nn.ModuleDict) else ()
 
 
 def make_plan(model: Any, rows: int, tokens: int, *, budget: Any = "auto", host: Any = "auto", **job: Any) -> Plan:
@@ -67,18 +75,21 @@ def fused_layers(model: Any) -> list[FusedLayer]:
 
 
 def apply_plan(model: Any, plan: Plan) -> None:
-    """Put `plan` into force on an accelerated model; layers that are stock go on as transformers' checkpointing tells them."""
-    layers = list(base_model(model).get_decoder().layers)
-    apply_policies(model, dict(zip(map(id, layers), plan.layers)), plan.step.tiling, ahead=plan.step.ahead)
+    """Put `plan` into force on an accelerated model; layers that are stock go on as transformers' checkpointing tells them.
+
+    It stays whatever comes: a plan that was to be made for each larger batch (`exactune.models.auto_plan`) is not any more.
+    """
+    notes = notes_of(model)
+    if notes.memory is not None:
+        notes.memory.leave()
+        notes.memory = None
+    apply_choices(model, plan)
 
 
-def follow_notes(model: Any) -> None:
-    """What `use_gradient_checkpointing="unsloth"` asked for, on the layers that are accelerated; a choice that changed takes it back."""
-    layers = fused_layers(model)
-    if notes_of(model).offload:
-        apply_policies(model, {id(layer.module): OFFLOAD for layer in layers}, WHOLE, ahead=True)
-    elif any(layer.policy is OFFLOAD for layer in layers):
-        apply_policies(model, {}, WHOLE, ahead=True)
+def apply_choices(model: Any, plan: Plan) -> None:
+    """The policies and tiles of `plan` on the layers of an accelerated model."""
+    modules = list(base_model(model).get_decoder().layers)
+    apply_policies(model, dict(zip(map(id, modules), plan.layers)), plan.step.tiling, ahead=plan.step.ahead)
 
 
 def apply_policies(model: Any, policies: dict[int, Policy], tiling: Tiling, *, ahead: bool) -> None:
@@ -93,9 +104,14 @@ def apply_policies(model: Any, policies: dict[int, Policy], tiling: Tiling, *, a
     shared.tiling, shared.store = tiling, HostStore(device_of(layers), ahead=ahead) if travels else None
     for layer in layers:
         layer.policy = policies.get(id(layer.module))
+    forget_recordings(model)  # they keep the activations of the old policies
+
+
+def forget_recordings(model: Any) -> None:
+    """Drop the recorded passes (`exactune.models.replay`), as if none had been seen."""
     passes = getattr(base_model(model).forward, "passes", None)
     if passes is not None:
-        passes.clear()  # recordings keep the activations of the old policies
+        passes.clear()
 
 
 def device_of(layers: Sequence[FusedLayer]) -> torch.device:

@@ -19,6 +19,9 @@ class Notes:
 
     max_seq_length: int | None = None
     checkpointing: Any = "auto"
+    planned: bool = False  # "auto" was asked for, so that a memory plan may decide
+    memory_budget: Any = "auto"
+    memory: Any = None  # the `AutoPlan` that decides, where one does
     offload: bool = False  # what layers keep waits in host memory
     tokenizer: Any = None
     before_inference: dict[str, Any] | None = None

@@ -13,7 +13,7 @@ from exactune.train.run_folder import RunFolder
 from exactune.train.stopping import StopRequests
 
 _KEPT = ("loss", "learning_rate", "grad_norm", "mean_token_accuracy", "epoch", "reward", "reward_std", "kl", "accuracy", "margin")
-_KEPT_GROUPS = ("eval_", "rewards/", "logps/", "completions/mean_length", "nll_loss")
+_KEPT_GROUPS = ("eval_", "rewards/", "logps/", "completions/mean_length", "nll_loss", "memory_retries")
 
 
 def memory_gib() -> float:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from exactune.errors import ConfigError
+from exactune.memory.budget import parse_bytes
+from exactune.memory.job import OPTIMIZERS
 from exactune.train.config_errors import explain
 
 Schedule = Literal[
@@ -106,7 +108,11 @@ class TrainConfig(BaseModel):
     seed: int = _field(3407, "Seed of the adapter, the order of the rows and dropout.", "Training", ge=0)
     bf16: bool | None = _field(None, "Compute in bfloat16 (autocast); left out, on a GPU that has it.", "Training")
     use_gradient_checkpointing: bool | Literal["auto", "unsloth"] = _field(
-        "auto", "Recompute activations in the backward pass to save memory: auto, true or false.", "Training"
+        "auto", "Recompute activations in the backward pass to save memory: auto (a plan decides), true, false or unsloth.", "Training"
+    )
+    memory_budget: str = _field("auto", "Memory of the GPU that the plan may use, such as 24GiB; auto: the card's.", "Training")
+    optimizer_in_backward: bool = _field(
+        False, "method full: take the optimizer's step for each weight in the backward pass, and free its gradient.", "Training"
     )
     accelerate: bool = _field(True, "Use the fast exact parts where they prove equal to the stock model (GPU).", "Training")
     cuda_graphs: bool = _field(True, "Record small batches that come again in one shape, and replay them (GPU).", "Training")
@@ -157,6 +163,33 @@ class TrainConfig(BaseModel):
         if method in (None, "lora") and four_bit in (True, "true", "True"):
             return {**values, "method": "qlora"}
         return values
+
+    @field_validator("memory_budget", mode="before")
+    @classmethod
+    def _an_amount_of_memory(cls, value: Any) -> Any:
+        """Text, also where a file says a bare number of GiB."""
+        if value in (None, "auto"):
+            return "auto"
+        parse_bytes(value)
+        return str(value)
+
+    @model_validator(mode="after")
+    def _memory_goes_together(self) -> TrainConfig:
+        if self.memory_budget != "auto" and self.use_gradient_checkpointing != "auto":
+            raise ValueError("memory_budget is for the plan of use_gradient_checkpointing auto: leave out one of the two")
+        if self.memory_budget != "auto" and not self.accelerate:
+            raise ValueError("memory_budget is for a plan of the fast parts, and accelerate is false: choose one")
+        if not self.optimizer_in_backward:
+            return self
+        if self.method != "full":
+            raise ValueError(f"optimizer_in_backward frees the gradients of all weights, and method {self.method} has few: use method full")
+        if self.max_grad_norm or self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "optimizer_in_backward never has all gradients together: it needs max_grad_norm 0 and gradient_accumulation_steps 1"
+            )
+        if self.optim not in OPTIMIZERS:
+            raise ValueError(f"optimizer_in_backward cannot step {self.optim} weight by weight: use one of {', '.join(OPTIMIZERS)}")
+        return self
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> TrainConfig:

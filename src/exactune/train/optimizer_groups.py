@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from exactune.memory.in_backward import StepInBackward
+
 
 @dataclass(frozen=True)
 class LearningRates:
@@ -39,6 +41,14 @@ class LearningRates:
 def _ends(model: Any) -> list[Any]:
     """Embedding and head, each as a module; what has no head (a reward model) has one end."""
     return [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+
+
+def in_backward(optimizer: Any, kind: type, settings: dict[str, Any]) -> StepInBackward:
+    """One optimizer of `kind` for each weight of a new `optimizer`, with the settings of its group there, to step in the backward."""
+    groups: dict[Any, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        groups |= {weight: {name: held for name, held in group.items() if name != "params"} for weight in group["params"]}
+    return StepInBackward(groups, lambda weights: kind([{**groups[weights[0]], "params": weights}], **settings))
 
 
 def split_groups(optimizer: Any, model: Any, rates: LearningRates) -> None:

@@ -41,10 +41,12 @@ class Run:
     def go(self, start: float) -> RunResult:
         self._prepare()
         fast = self._make_trainable()
+        self._plan_memory()
         self._open_folder()
         with as_it_came(self.model):
             before = self._score("before")
         trainer = self._trainer()
+        trainer.memory, trainer.optimizer_in_backward = self.memory, self.config.optimizer_in_backward
         self._banner(fast)
         self._train(trainer)
         if self.requests.signum is not None:
@@ -72,6 +74,8 @@ class Run:
             data["held_out"] = describe(config.eval_dataset or config.sources()[0], self.held_out)
         if not self.resumed:
             self.folder.create(config)
+        if self.memory is not None and not self.folder.read_json("memory.json"):
+            self.memory.record(self.memory.as_dict())
         recorded = self.folder.read_json("data.json")
         if recorded is None:
             self.folder.write_json("environment.json", environment())
@@ -97,22 +101,35 @@ class Run:
     def _make_trainable(self) -> str:
         """Put the adapter on (or free every weight) and swap in what is fast; a line that says what was."""
         from exactune import device
+        from exactune.models.notes import notes_of
 
         config = self.config
+        notes_of(self.model).memory_budget = config.memory_budget
         self.model = self.objective.adapt(self.model)
         on_gpu = device.kernels_run_on(self.model.device)
-        if not config.accelerate or not (on_gpu or config.objective == "sft"):
+        budgeted = config.memory_budget != "auto"
+        if not config.accelerate or not (on_gpu or budgeted or config.objective == "sft"):
             return "nothing: stock torch" + ("" if config.accelerate else " (accelerate is false)")
         from exactune.errors import ModelError
         from exactune.models.accelerate import accelerate
 
         try:
-            if not on_gpu:
+            if not on_gpu and not budgeted:
                 accelerate(self.model, layers=False)
                 return "the loss, without logits of what is not learned; stock torch otherwise"
             return accelerate(self.model, deterministic=config.deterministic, cuda_graphs=config.cuda_graphs).summary()
         except ModelError as error:  # a reward model, which has no language-model head
             return f"nothing: stock torch ({error.problem.rstrip('.')})"
+
+    def _plan_memory(self) -> None:
+        """The plan of the largest batch, in force before any step; a resumed run takes the one that was written."""
+        from exactune.train.memory import plan_run
+
+        recorded = self.folder.read_json("memory.json") if self.resumed else None
+        self.memory, self.memory_line = plan_run(self.config, self.model, self.rows, recorded)
+        if self.memory is not None:
+            self.memory.record = lambda values: self.folder.write_json("memory.json", values)
+            self.memory.say = lambda line: self.console.print(line, soft_wrap=True)
 
     def _trainer(self) -> Any:
         from transformers import PrinterCallback
@@ -140,6 +157,7 @@ class Run:
             "Exactune": f"{exactune.__version__}, {config.objective} ({config.method}) of {config.model_name} on {self.model.device}",
             "trains": f"{trained:,} of {total:,} parameters ({trained / total:.2%})",
             "accelerated": fast,
+            "memory": self.memory_line,
             "data": self.rows.summary(),
             "held out": self.held_out.summary() if self.held_out else "no rows (give eval_dataset or val_size to measure the gain)",
             "batch": f"{rows} {unit} x {passes} passes = {rows * passes} {unit} an update",

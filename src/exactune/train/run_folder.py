@@ -2,7 +2,8 @@
 
 config.yaml        every setting, resolved       metrics.jsonl   one line for each update
 environment.json   machine and versions          scores.json     held-out scores before and after, with answers
-data.json          the rows and their hash       loss.png, report.md, report.html
+data.json          the rows and their hash       memory.json     the memory plan, where there is one
+loss.png, report.md, report.html
 checkpoints/       checkpoint-N, whole ones only adapter/ or model/   the result
 """
 

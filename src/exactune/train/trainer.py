@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from exactune.train.optimizer_groups import LearningRates, split_groups
+from exactune.memory.in_backward import StepInBackward
+from exactune.train.memory import RunMemory
+from exactune.train.optimizer_groups import LearningRates, in_backward, split_groups
 from exactune.train.run_folder import RunFolder
 from exactune.train.writing import replace_folder, staging_folder
 
@@ -19,9 +22,12 @@ class InRunFolder(Trainer):
     """To be put before a trainer of TRL's among a class's bases.
 
     `watch`: measures held-out rows; called every `every` updates, its values are logged beside the loss. `learning_rates`: those
-    of single weights.
+    of single weights. May be set before training: `memory`, which takes the steps under a plan, and `optimizer_in_backward`, with which
+    each weight is stepped as soon as its gradient is known.
     """
 
+    memory: RunMemory | None = None
+    optimizer_in_backward = False
     token_masks: tuple[str, ...] = ()  # inputs whose ones count as tokens seen, where transformers cannot tell by itself
 
     def __init__(
@@ -45,6 +51,10 @@ class InRunFolder(Trainer):
         if self._watch and self._every and "loss" in logs and self.state.global_step % self._every == 0:
             # Left to the trainer's own evaluation this would be a mean of batch means, and would move the random state.
             logs |= self._watch()
+        if self.memory is not None and self.memory.retries:
+            logs["memory_retries"] = self.memory.retries
+        if self.optimizer_in_backward:
+            logs.pop("grad_norm", None)  # no gradient is left to be measured
         super().log(logs, start_time)
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -52,7 +62,29 @@ class InRunFolder(Trainer):
         optimizer = super().create_optimizer(model)
         if new and self._learning_rates.differ:
             split_groups(optimizer, self.model if model is None else model, self._learning_rates)
+        if new and self.optimizer_in_backward:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = optimizer = in_backward(optimizer, kind, settings)
         return optimizer
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        take: Any = functools.partial(super().training_step, **kwargs)
+        return take(model, inputs, *args) if self.memory is None else self.memory.step(self, take, model, inputs, *args)
+
+    def batch_of_longest(self, lengths: Sequence[int]) -> dict[str, Any] | None:
+        """The longest rows as one batch, given the tokens of each row (the first, where the trainer packed them); None for a stream."""
+        if not hasattr(self.train_dataset, "__len__"):
+            return None
+        dataset: Any = self._remove_unused_columns(self.train_dataset, description="training")
+        order: Sequence[int] = range(len(dataset))
+        if len(lengths) == len(dataset):
+            order = sorted(order, key=lambda row: -lengths[row])
+        return self.data_collator([dataset[row] for row in order[: self.args.per_device_train_batch_size]])
+
+    def no_optimizer_steps(self) -> AbstractContextManager[None]:
+        """Inside, a backward pass changes no weight."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer.paused() if isinstance(optimizer, StepInBackward) else nullcontext()
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.token_masks and model.training:
