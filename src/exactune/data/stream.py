@@ -19,6 +19,7 @@ from exactune.errors import ConfigError, DataError
 
 SAMPLE = 1000  # rows that are looked at before training
 SHUFFLED = 10_000  # rows among which the next one is drawn
+AHEAD = 64  # rows tokenised at a time, which costs half of what one by one does
 
 # (what was read, number of the row in it, the row)
 Numbered = Iterator[tuple[str, int, "dict[str, Any] | BadRow"]]
@@ -54,14 +55,16 @@ def prepare_stream(
     render, encoder = renderer(found, tokenizer, train_on, masked), Encoder(tokenizer)
 
     def encoded() -> Iterator[dict[str, Any]]:
-        for place, row in _normal(read(), found, skip_bad_rows):
+        rows = _normal(read(), found, skip_bad_rows)
+        while ahead := list(islice(rows, AHEAD)):
             refused: dict[int, BadRow] = {}
-            for _, sequences in encode_rows([row], render, encoder, refused):
+            for _, sequences in encode_rows((row for _, row in ahead), render, encoder, refused):
                 for sequence in sequences:
                     if any(sequence.learned[:max_length]):
                         yield {"input_ids": sequence.ids[:max_length], "labels": sequence.labels[:max_length]}
             if refused and not skip_bad_rows:
-                raise DataError(f"{place}: {refused[0]}", "Mend it, or go on without such rows: --skip-bad-rows.")
+                first = min(refused)
+                raise DataError(f"{ahead[first][0]}: {refused[first]}", "Mend it, or go on without such rows: --skip-bad-rows.")
 
     stream = datasets.IterableDataset.from_generator(encoded)
     prepared.dataset = stream.shuffle(seed=seed, buffer_size=SHUFFLED)
