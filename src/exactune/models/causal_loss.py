@@ -271,7 +271,8 @@ class CausalForward:
 
 def _filled_up(rows: Tensor, value: int) -> Tensor:
     """`rows` [B, T] with columns of `value` up to a multiple of `BUCKET`."""
-    return nn.functional.pad(rows, (0, -rows.shape[1] % BUCKET), value=value)
+    missing = -rows.shape[1] % BUCKET
+    return nn.functional.pad(rows, (0, missing), value=value) if missing else rows
 
 
 def _counted_up(cu_seqlens: Tensor, tokens: int) -> Tensor:

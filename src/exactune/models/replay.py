@@ -11,6 +11,7 @@ hooks. A new key runs eagerly until it has come `SEEN_BEFORE` times; what cannot
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -85,7 +86,10 @@ class Recording:
     """One recorded pass. Its outputs are overwritten by the next replay of any recording, so they are copied out at once."""
 
     def __init__(self, compute: Compute, inputs: Inputs, model: nn.Module, groups: list[Group], capture: Capture):
-        names, self.trained = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))  # all of one dtype
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]  # all of one dtype
+        names, self.trained = zip(*sorted(trained, key=lambda item: item[1].shape))
+        shapes = Counter(p.shape for p in self.trained)
+        self._runs = [(count, *shape) for shape, count in shapes.items()]  # gradients of one shape lie together
         self._storage = [p.detach() for p in self.trained]  # what the graphs read stays allocated as long as they do
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self._slots = Slots(groups)
@@ -138,8 +142,9 @@ class Recording:
         self._upstream.copy_(upstream)
         self._backward()
         self._open = lambda: None
-        copies = self._gradients.clone().split([p.numel() for p in self.trained])
-        return [copy.view(p.shape) for copy, p in zip(copies, self.trained)]
+        copies = self._gradients.clone().split([math.prod(run) for run in self._runs])
+        # A call a shape: one a parameter kept the GPU waiting for the host.
+        return [copy for part, run in zip(copies, self._runs) for copy in part.view(run).unbind()]
 
 
 def _flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
@@ -196,8 +201,9 @@ class Passes:
         self._seen: Counter[Hashable] = Counter()
         self._recordings: dict[Hashable, Recording | None] = {}
         self._latest: dict[Hashable, tuple[Hashable, Recording]] = {}  # by shape: the key that came last
-        self._adapted: list[Any] = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "active_adapters")]
-        factors = {id(p) for m in self._adapted for part in (m.lora_A, m.lora_B) for p in part.parameters()}
+        adapted: list[Any] = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "active_adapters")]
+        self._adapted = [(m, m.lora_A, m.lora_B, m.scaling) for m in adapted]  # to look a module's children up takes long
+        factors = {id(p) for m in adapted for part in (m.lora_A, m.lora_B) for p in part.parameters()}
         self._others = [p for p in model.parameters() if id(p) not in factors]
         self._embedding = model.get_input_embeddings()  # type: ignore[operator]
 
@@ -244,14 +250,13 @@ class Passes:
     def _adapters(self) -> tuple:
         """Everything about the adapters and hooks that a recording has burnt in; read at every pass, so it has to be cheap."""
         found: list[Any] = [len(self._embedding._forward_hooks)]
-        for module in self._adapted:
-            found.append(
-                (module.disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters), len(module._forward_hooks))
-            )
-            for name in module.active_adapters:
-                if name in module.lora_A:
-                    a, b = module.lora_A[name].weight, module.lora_B[name].weight
-                    found.append((module.scaling[name], a.data_ptr(), b.data_ptr(), a.requires_grad, b.requires_grad, module.training))
+        for module, a_of, b_of, scaling in self._adapted:
+            active = module.active_adapters
+            found += module.disable_adapters, tuple(active), tuple(module.merged_adapters), len(module._forward_hooks), module.training
+            for name in active:
+                if name in a_of:
+                    a, b = a_of[name].weight, b_of[name].weight
+                    found += scaling[name], a.data_ptr(), b.data_ptr(), a.requires_grad, b.requires_grad
         return tuple(found)
 
     def _record(self, compute: Compute, inputs: Inputs) -> Recording | None:
