@@ -1,12 +1,14 @@
 """One preference step (DPO or ORPO): stock TRL, Unsloth and Exactune on the same weights, pairs and seed, one process each.
 
-    python bench/preference.py --model DIR --method dpo --bits 4 --pairs 2 --tokens 2048 --kinds trl exactune exactune-host unsloth
+    python bench/preference.py --model DIR --method dpo --bits 4 --pairs 2 --tokens 2048 --kinds trl unsloth exactune@lean exactune@auto
 
-Prints tokens/s (both answers of a pair count), milliseconds, peak allocated and reserved GiB, and the largest relative difference
-of the losses from the first kind's. `--out FILE` appends one JSON line a kind as soon as it is measured; a kind that takes longer than
-`--timeout` seconds, loading included, is given up. Conditions: LoRA on all seven linears, TRL's own trainer and its fused AdamW, bf16
-autocast, rows of `--tokens` words a quarter of which are the prompt, three warm-up steps, median of the rest. With `--checkpointing 1`
-every kind recomputes its layers; `unsloth` and `exactune-host` keep what they recompute from in host memory.
+Prints tokens/s (both answers of a pair count), milliseconds, peak allocated and reserved GiB, the largest relative difference of the
+losses from the first kind's, and each kind's first gradient norm: later steps of random weights on random words are noise that Adam
+makes as large as its rate, the first one is not. `--out FILE` appends one JSON line a kind as soon as it is measured; a kind that takes
+longer than `--timeout` seconds, loading included, is given up. Conditions: LoRA on all seven linears, TRL's own trainer and its fused
+AdamW, bf16 autocast, rows of `--tokens` words a quarter of which are the prompt, three warm-up steps, median of the rest. With
+`--checkpointing 1` every kind recomputes its layers, `unsloth` from host memory; `exactune@BUDGET` (such as exactune@8GiB,
+exactune@auto) follows the memory plan for that budget instead, `exactune@lean` the one of the lowest peak.
 `--cpu` runs without a GPU: it tries the plumbing, and its memory is the process's.
 """
 
@@ -25,7 +27,7 @@ from pathlib import Path
 from report import append_results, print_results, provenance, run_worker
 from train import GIB, LINEARS, WARM_UP
 
-KINDS = ["trl", "exactune", "exactune-host", "unsloth"]
+KINDS = ["trl", "unsloth", "exactune@lean", "exactune@auto"]
 WORDS = 2000
 
 
@@ -33,13 +35,14 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model folder (make_random_llama.py writes one)")
     parser.add_argument("--method", choices=["dpo", "orpo"], default="dpo")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--kinds", nargs="+", default=KINDS)
     parser.add_argument("--bits", choices=["16", "4"], default="4")
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--checkpointing", type=int, default=1)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--learning-rate", type=float, default=5e-6)
     parser.add_argument("--timeout", type=float, default=150, help="seconds for one kind")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--out", type=Path, help="append the results here, one JSON line each")
@@ -96,12 +99,32 @@ def build(kind: str, args: argparse.Namespace):
     model = get_peft_model(model, LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=LINEARS, task_type="CAUSAL_LM"))
     if kind.startswith("exactune"):
         from exactune import accelerate
-        from exactune.models.checkpointing import apply_checkpointing
 
-        recompute = "unsloth" if kind == "exactune-host" else True
-        apply_checkpointing(model, recompute if args.checkpointing else False)
         print(accelerate(model).summary(), file=sys.stderr)
+        recompute_as(kind, model, args)
     return model
+
+
+def recompute_as(kind: str, model, args: argparse.Namespace) -> None:
+    """The memory plan that `kind` names after its @; without one, every layer is recomputed or none, as `--checkpointing` says."""
+    from exactune.memory.phases import Step
+    from exactune.memory.plan import leanest
+    from exactune.memory.shape import Shape
+    from exactune.models.checkpointing import apply_checkpointing
+    from exactune.models.memory import apply_plan, job_of, make_plan
+
+    budget = kind.partition("@")[2]
+    if not budget:
+        apply_checkpointing(model, bool(args.checkpointing))
+        return
+    rows = 2 * args.pairs  # both answers are in one pass
+    if budget == "lean":
+        step = Step(Shape.of(model.get_base_model().config), job_of(model, optim="adamw_torch_fused"), rows, args.tokens)
+        plan = leanest(step)
+    else:
+        plan = make_plan(model, rows, args.tokens, budget=budget, optim="adamw_torch_fused")
+    apply_plan(model, plan)
+    print(f"plan: {plan.summary()}", file=sys.stderr)
 
 
 def trainer_of(kind: str, args: argparse.Namespace, model, folder: str, clock):
@@ -110,8 +133,8 @@ def trainer_of(kind: str, args: argparse.Namespace, model, folder: str, clock):
 
     common = {
         "output_dir": folder, "max_steps": args.steps + WARM_UP, "per_device_train_batch_size": args.pairs, "max_length": args.tokens,
-        "learning_rate": 2e-4, "logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "beta": 0.1,
-        "bf16": not args.cpu, "use_cpu": args.cpu, "gradient_checkpointing": bool(args.checkpointing), "seed": 1,
+        "learning_rate": args.learning_rate, "beta": 0.1, "logging_steps": 1, "report_to": "none", "save_strategy": "no",
+        "disable_tqdm": True, "bf16": not args.cpu, "use_cpu": args.cpu, "gradient_checkpointing": bool(args.checkpointing), "seed": 1,
         "lr_scheduler_type": "constant", "optim": "adamw_torch" if args.cpu else "adamw_torch_fused",
     }  # fmt: skip
     vocabulary = model.config.vocab_size
@@ -171,6 +194,7 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
         trainer = trainer_of(kind, args, model, folder, clock)
         trainer.train()
     seconds = statistics.median(clock.times[WARM_UP:])
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     if cuda:
         peak, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
     else:
@@ -184,7 +208,9 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
         "ms_all": [round(t * 1e3, 1) for t in clock.times],
         "peak_gib": round(peak, 2),
         "reserved_gib": round(reserved, 2),
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "losses": [entry["loss"] for entry in logged],
+        "grad_norms": [entry["grad_norm"] for entry in logged],
+        "margins": [entry.get("rewards/margins") for entry in logged],
         "stock_calls": stock_calls(kind, model),
     }
 
@@ -208,7 +234,9 @@ def main() -> None:
     results = []
     for kind in args.kinds:
         result = run_worker(kind, args.timeout)
-        result.setdefault("notes", []).extend(f"{n} calls ran stock: {why}" for why, n in result.get("stock_calls", {}).items())
+        notes = result.setdefault("notes", [])
+        notes += [f"{n} calls ran stock: {why}" for why, n in result.get("stock_calls", {}).items()]
+        notes += [f"first gradient norm {norm:.6g}" for norm in result.get("grad_norms", [])[:1]]
         results.append(result)
         print(f"{kind}: {result.get('error') or '{ms} ms, {peak_gib} GiB'.format(**result)}", flush=True)
         if args.out:  # at once: what is measured is not lost with a later kind

@@ -19,7 +19,9 @@ def run_worker(kind: str, timeout: float | None = None) -> dict[str, Any]:
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         return {"kind": kind, "error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300], "stderr": done.stderr[-3000:]}
-    return json.loads(lines[-1]) | {"notes": [line for line in done.stderr.splitlines() if "attention," in line]}
+    return json.loads(lines[-1]) | {
+        "notes": [line for line in done.stderr.splitlines() if "attention," in line or line.startswith("plan: ")]
+    }
 
 
 def provenance() -> dict[str, Any]:
@@ -44,18 +46,18 @@ def print_results(title: str, results: list[dict[str, Any]], floor_ms: float | N
     reference = next((r["losses"] for r in results if "losses" in r), [])
     print(f"\n{title}")
     print(
-        f"{'':10} {'tokens/s':>9} {'ms':>8} {'peak GiB':>9} {'reserved':>9} {'loss diff':>10}" + (f" {'of floor':>9}" if floor_ms else "")
+        f"{'':14} {'tokens/s':>9} {'ms':>8} {'peak GiB':>9} {'reserved':>9} {'loss diff':>10}" + (f" {'of floor':>9}" if floor_ms else "")
     )
     for r in results:
         if "error" in r:
-            print(f"{r['kind']:10} {r['error']}")
+            print(f"{r['kind']:14} {r['error']}")
             print(r["stderr"], file=sys.stderr)
             continue
         diff = max(abs(a - b) / abs(b) for a, b in zip(r["losses"], reference))
         share = f" {floor_ms / r['ms']:>9.1%}" if floor_ms else ""
-        print(f"{r['kind']:10} {r['tokens_s']:9} {r['ms']:8.1f} {r['peak_gib']:9.2f} {r['reserved_gib']:9.2f} {diff:10.1e}{share}")
+        print(f"{r['kind']:14} {r['tokens_s']:9} {r['ms']:8.1f} {r['peak_gib']:9.2f} {r['reserved_gib']:9.2f} {diff:10.1e}{share}")
         for note in r["notes"]:
-            print(f"{'':10} {note}")
+            print(f"{'':14} {note}")
 
 
 def append_results(path: Path, results: list[dict[str, Any]], **about: Any) -> None:
