@@ -1,13 +1,15 @@
 """Memory on this GPU: speed against memory, predictions against measurements, full fine-tuning, the longest contexts under a cap.
 
-    python bench/memory.py --model DIR [--small DIR] [--what curve table full contexts longest] [--minutes 8] [--out FILE] [--plot PNG]
+    python bench/memory.py --model DIR [--small DIR] [--what curve table ...] [--minutes 8] [--out FILE] [--plot PNG]
 
 - curve: the fastest plan for each of a row of budgets, 16-bit and NF4, 4 x 2,048 tokens.
 - table: named policies, long rows and packed ones, on the model and the smaller one; `layer+all` beside `layer` is what offloading costs.
+- small: the smaller model in NF4, 2 x 2,048 tokens, in 1.75 GiB: with copies to the host, or recorded as CUDA graphs.
 - full: every weight trained at 1 x 4,096 with 8-bit AdamW stepping in the backward, beside stock.
 - contexts: one row of 81,920 tokens under 12 GiB (a minute); `longest` adds 262,144 under 24 GiB (five minutes, 97 GiB of host memory).
 
-The allocator is capped at each budget (`set_per_process_memory_fraction`): a plan that needs more fails. Settings of one model share a
+The allocator is capped at each budget (`set_per_process_memory_fraction`): a plan that needs more fails. Its segments grow, as
+`exactune train` has it (`exactune.memory.allocator`), unless PYTORCH_ALLOC_CONF says otherwise. Settings of one model share a
 process (`memory_worker.py`), which is started anew after a setting that ended it or took too long. What `--minutes` leaves no
 time for is not measured and said to be so. Peers' points are drawn from `PEERS`, measured under the same conditions.
 """
@@ -24,7 +26,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-BUDGETS = {"16": (17.7, 45, 21, 28, 33, 24, 38, 19, 17.2), "4": (8, 35, 12, 20, 25, 30, 9, 15, 10, 7.8)}  # the ends first
+BUDGETS = {"16": (17.7, 45, 24, 20, 30, 38), "4": (8, 30, 14, 10, 20)}  # the ends first
 # (bits, kind, GiB, tokens/s) at 4 x 2,048, r = 16, one H200; gradient checkpointing and without.
 PEERS = (
     ("16", "HF+PEFT", 31.3, 7928), ("16", "HF+PEFT", 82.4, 11031), ("16", "HF+Liger", 19.7, 9452), ("16", "HF+Liger", 58.6, 13207),
@@ -40,7 +42,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model folder (make_random_llama.py writes one)")
     parser.add_argument("--small", help="folder of a smaller model, for the table")
-    kinds = ["curve", "table", "full", "contexts"]
+    kinds = ["curve", "table", "small", "full", "contexts"]
     parser.add_argument("--what", nargs="+", choices=[*kinds, "longest"], default=kinds)
     parser.add_argument("--bits", nargs="+", default=["16", "4"], choices=["16", "4"])
     parser.add_argument("--host", default="100GiB", help="host memory to use")
@@ -65,17 +67,19 @@ def settings_of(args: argparse.Namespace) -> list[dict]:
             found += [sized | {"gib": gib, "what": "curve"} for gib in BUDGETS[bits]]
         if "table" in args.what:
             found += _table(sized)
+    if "small" in args.what and args.small:
+        small = base | {"model": args.small, "bits": "4", "rows": 2, "what": "small"}
+        found += [small | {"gib": 1.75}, small | {"gib": 1.75, "graphs": True, "policy": "layer"}]
+        found += [small | {"gib": 1.75, "graphs": True, "policy": "attention"}, small | {"graphs": True, "policy": "keep"}]
     if "full" in args.what:
         full = base | {"bits": "16", "full": True, "rows": 1, "tokens": 4096, "what": "full"}
         found += [full | {"gib": 40}, full | {"stock": True}]
-    if "table" in args.what and args.small:
-        for bits in args.bits:
-            found += _table(base | {"model": args.small, "bits": bits})
-        small = base | {"model": args.small, "bits": "4", "rows": 2, "what": "table"}
-        found += [small | {"gib": 1.75}, small | {"gib": 1.75, "graphs": True}, small | {"policy": "layer", "graphs": True}]
     long = base | {"bits": "4", "r": 32, "rows": 1, "warm_up": 0, "steps": 1, "what": "contexts"}
     if "contexts" in args.what:
         found.append(long | {"gib": 12, "tokens": 81_920, "warm_up": 1, "timeout": 240})
+    if "table" in args.what and args.small:
+        for bits in args.bits:
+            found += _table(base | {"model": args.small, "bits": bits})
     if "longest" in args.what:
         found.append(long | {"gib": 24, "tokens": 262_144, "timeout": 540})
     return found
@@ -85,7 +89,7 @@ def _table(sized: dict) -> list[dict]:
     sized = sized | {"what": "table", "warm_up": 1, "steps": 2}
     long = sized | {"policy": "layer+all", "rows": 1, "tokens": 16384}
     packed = sized | {"policy": "mlp", "rows": 1, "tokens": 8192, "packed": True}
-    return [*(sized | {"policy": policy} for policy in ("keep", "layer", "layer+all", "mlp+all")), packed, long]
+    return [*(sized | {"policy": policy} for policy in ("layer", "layer+all", "mlp+all")), packed, long]
 
 
 def groups_of(settings: list[dict]) -> list[list[dict]]:
@@ -174,6 +178,9 @@ def draw(results: list[dict], path: Path) -> None:
 
 def main() -> None:
     args = arguments()
+    from exactune.memory.allocator import let_segments_grow
+
+    let_segments_grow()  # for the workers, which inherit it
     from train import provenance
 
     about, results, until = provenance(), [], time.time() + 60 * args.minutes

@@ -78,10 +78,12 @@ def optimizer_of(model, setting: dict):
         return torch.optim.AdamW(trained, lr=2e-4, fused=True)
     if setting["stock"]:
         return torch.optim.AdamW(trained, lr=1e-5, fused=True)
-    from bitsandbytes.optim import AdamW8bit
+    from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
 
     from exactune.memory.in_backward import StepInBackward
 
+    # As transformers' trainer has it: the embedding's state stays in 32 bits.
+    GlobalOptimManager.get_instance().register_module_override(model.get_input_embeddings(), "weight", {"optim_bits": 32})
     return StepInBackward(trained, lambda parameters: AdamW8bit(parameters, lr=1e-5))
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from exactune.memory.allocator import let_segments_grow
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -48,6 +50,7 @@ def quickstart(
     """
     from rich.console import Console
 
+    let_segments_grow()
     config = settings(load_in_4bit, output_dir, overwrite, max_steps)
     console = Console()
     console.print(f"Fine-tuning the bundled model on the bundled rows, into {config.output_dir}", soft_wrap=True)

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from exactune.errors import ConfigError
+from exactune.memory.allocator import let_segments_grow
 
 if typing.TYPE_CHECKING:
     from exactune.train.config import TrainConfig
@@ -52,6 +53,7 @@ def train(
             "--resume goes on with the run's own settings, so it takes no config file and no other flag.",
             f"Run `exactune train --resume {resume}`, or start a new run.",
         )
+    let_segments_grow()
     settings = _settings(config, flags) if resume is None else None
     from exactune.train import train as run
 

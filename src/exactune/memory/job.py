@@ -39,6 +39,7 @@ class Job:
     packed: bool = False
     dropout: bool = False  # of adapters' inputs: its masks count whole rows, so the step may not go in tiles
     deterministic: bool = False
+    fragments: bool = False  # torch's allocator has segments of fixed sizes: more is reserved than is used
     gpu: bool = True  # False: the reference path on a CPU, whose attention keeps no log-sum-exp
 
     def __post_init__(self) -> None:
@@ -97,10 +98,16 @@ class Job:
         return self.gradient_width() * self.trained(shape)
 
     def optimizer(self, shape: Shape) -> int:
-        return math.ceil(OPTIMIZERS[self.optim][0] * self.trained(shape) * self._state_share())
+        return self._state(shape, *OPTIMIZERS[self.optim])
 
     def optimizer_host(self, shape: Shape) -> int:
-        return math.ceil(OPTIMIZERS[self.optim][1] * self.trained(shape) * self._state_share())
+        return self._state(shape, *reversed(OPTIMIZERS[self.optim]))
+
+    def _state(self, shape: Shape, here: float, elsewhere: float) -> int:
+        """Bytes of state in one place, at `here` bytes a weight; transformers' trainer keeps an embedding's 8-bit state in 32 bits."""
+        weights = self.trained(shape)
+        in_32 = shape.vocabulary * shape.hidden if self.full and "8bit" in self.optim and here > elsewhere else 0
+        return math.ceil(here * (weights - in_32) * self._state_share()) + 8 * in_32
 
     def _state_share(self) -> float:
         """torch's optimizers hold their state in the parameter's own format, bitsandbytes' in theirs."""

@@ -14,7 +14,9 @@ from exactune.memory.speed import step_seconds
 
 GIB = 1 << 30
 CONTEXT = 600 << 20  # the CUDA context and its libraries: on the card, outside torch's allocator
-MARGIN = 0.03  # of the budget, left for the allocator's rounding and fragments
+# Of the budget, left for the allocator's rounding and fragments: with segments that grow, and with fixed ones (see `allocator`).
+MARGIN = 0.03
+MARGIN_KEPT, MARGIN_MIXED = 0.05, 0.13
 LEANER = 0.85  # of a step's activations and workspace: what a retry after running out of memory aims at
 # From fast to lean; what is slower than another and holds no less is left out.
 LADDER = ("keep", "keep+all", "mlp", "mlp+all", "layer", "layer+input", "layer+all", "attention", "attention+all")
@@ -51,6 +53,13 @@ class Plan:
     def peak(self) -> int:
         """The most bytes that torch's allocator has handed out at once."""
         return round(sum(self.fixed.values()) + max(self.phases.values()))
+
+    @property
+    def margin(self) -> float:
+        """The share of a budget that is left for rounding and fragments."""
+        if not self.step.job.fragments:
+            return MARGIN
+        return MARGIN_KEPT if self.layers == (Policy(),) * len(self.layers) else MARGIN_MIXED
 
     @property
     def activations(self) -> int:
@@ -119,7 +128,7 @@ class Plan:
 
 def fits(plan: Plan, budget: int, host: int | None = None) -> bool:
     """Whether the plan's peak stays within `budget` bytes of the device, less the margin, and `host` bytes of host memory."""
-    return plan.peak <= budget * (1 - MARGIN) and (host is None or plan.host <= host)
+    return plan.peak <= budget * (1 - plan.margin) and (host is None or plan.host <= host)
 
 
 def spread(first: Policy, second: Policy, count: int, layers: int) -> tuple[Policy, ...]:
@@ -194,7 +203,8 @@ def _most(fast: Policy, lean: Policy, step: Step, budget: int, host: int | None)
 def fits_beside(plan: Plan, host: int | None = None) -> Plan | None:
     """The fastest plan for the same step and tiles, so with the same bits, that takes clearly less; None where there is none."""
     target = sum(plan.fixed.values()) + LEANER * max(plan.phases.values())
-    found = list(_fitting_mixes(plan.step, int(target / (1 - MARGIN)), host))
+    margin = MARGIN_MIXED if plan.step.job.fragments else MARGIN
+    found = list(_fitting_mixes(plan.step, int(target / (1 - margin)), host))
     return min(found, key=lambda other: (other.seconds, other.peak), default=None)
 
 

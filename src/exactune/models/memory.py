@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from exactune.lora.live import is_nf4
+from exactune.memory.allocator import segments_grow
 from exactune.memory.budget import device_budget, host_budget
 from exactune.memory.job import LORA_TARGETS, Job
 from exactune.memory.mends import too_large
@@ -41,6 +42,7 @@ def job_of(model: Any, *, optim: str = "adamw_torch", accumulates: bool = False,
         packed=packed,
         dropout=any(getattr(rate, "p", 0.0) > 0 for module in base.modules() for rate in _dropouts(module)),
         in_backward=in_backward,
+        fragments=base.device.type == "cuda" and not segments_grow(),
         gpu=base.device.type == "cuda",
     )
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from exactune.data import Prepared
 from exactune.errors import ConfigError
-from exactune.memory.plan import GIB, Plan
+from exactune.memory.allocator import GROWING, VARIABLES
+from exactune.memory.plan import GIB, MARGIN_KEPT, Plan
 from exactune.memory.retry import Leaner
 from exactune.models.accelerate import report_of
 from exactune.models.auto_plan import AutoPlan
@@ -177,7 +178,14 @@ def plan_run(config: TrainConfig, model: Any, rows: Prepared, recorded: dict[str
         auto.leave()
         return None, f"not planned, the trainer's own choice: {error.problem}"
     memory = RunMemory(auto, model, longest, in_backward=config.optimizer_in_backward)
-    return memory, f"for {longest.rows} x {longest.tokens:,} tokens, {memory.plan.summary()}"
+    return memory, f"for {longest.rows} x {longest.tokens:,} tokens, {memory.plan.summary()}{_advice(memory.plan)}"
+
+
+def _advice(plan: Plan) -> str:
+    """What a script, whose process is not ours, may do about fragments."""
+    if plan.margin <= MARGIN_KEPT:
+        return ""
+    return f"; {plan.margin:.0%} of the budget is left for fragments: set {VARIABLES[0]}={GROWING} before torch is imported"
 
 
 def _plan_of(auto: AutoPlan) -> Plan:
