@@ -88,6 +88,12 @@ def tiny_qwen3(folder: Path, *, dtype: str = "float32", seed: int = 0, **overrid
     return _checkpoint(folder, "Qwen3Config", {"head_dim": 32}, overrides, dtype=dtype, seed=seed)
 
 
+def tiny_qwen3_moe(folder: Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """Qwen3 with a mixture of experts in every layer, their weights fused."""
+    defaults = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 16}
+    return _checkpoint(folder, "Qwen3MoeConfig", defaults, overrides, dtype=dtype, seed=seed)
+
+
 def tiny_gemma2(folder: Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
     """Gemma 2: norms with 1 + weight, soft-capped scores and logits, alternating sliding windows, scaled embeddings."""
     defaults = {"head_dim": 16, "sliding_window": 32, "query_pre_attn_scalar": 16}

@@ -1,5 +1,6 @@
 """The experts of a mixture as they stand on the model right now: fused parameters of three dimensions, and the adapters on them.
 
+A parameter is held as it is, or in NF4 under bitsandbytes' parametrization of its holder, and is then unpacked at every use.
 PEFT adapts such a parameter through a wrapper around the module that holds it (`target_parameters`; one wrapper a parameter, nested).
 It keeps one A [E R, in] and one B [out, R E] for all experts, and builds the whole delta at every forward; here the two factors are read
 anew at each step and multiplied with expert by expert. Saving, merging, switching and disabling stay PEFT's.
@@ -41,11 +42,32 @@ class ExpertAdapter:
         grads[self.lora_b] = (db * self.scale).permute(1, 2, 0).reshape(self.lora_b.shape)
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A fused parameter in NF4: bitsandbytes' packed data and quant_state."""
+
+    data: Tensor
+    state: Any
+    requires_grad = False
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.state.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.state.dtype
+
+    def detach(self) -> Tensor:
+        """The parameter unpacked, bit for bit as bitsandbytes does."""
+        return ops.unpacked(self.data, self.state)
+
+
 @dataclass
 class ExpertLinear:
     """One fused parameter, `[E, out, in]` or transposed `[E, in, out]`, with its bias [E, out] and adapter, bound to one pass."""
 
-    parameter: Tensor
+    parameter: Tensor | Packed
     bias: Tensor | None
     transposed: bool
     adapter: ExpertAdapter | None
@@ -65,7 +87,7 @@ class ExpertLinear:
     def trained(self) -> list[Tensor]:
         """Everything in it that may have a gradient, in a fixed order."""
         adapter = [] if self.adapter is None else [self.adapter.lora_a, self.adapter.lora_b]
-        return [*adapter, *(t for t in (self.parameter, self.bias) if t is not None and t.requires_grad)]
+        return [*adapter, *(t for t in (self.parameter, self.bias) if isinstance(t, Tensor) and t.requires_grad)]
 
     def forward(self, x: Tensor, routing: Routing, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(y [S, out], P = x Aᵀ [S, R]) of x gathered by `rows`, or of x [S, in] as it is."""
@@ -90,7 +112,7 @@ class ExpertLinear:
             da = ops.grouped_outer(dy.ranks, x.values, routing.offsets, b_rows=x.rows, scale=scale)
             db = ops.grouped_outer(dy.values, x.ranks, routing.offsets, a_rows=dy.rows, scale=scale)
             self.adapter.record(grads, da, db)
-        if self.parameter.requires_grad:
+        if isinstance(self.parameter, Tensor) and self.parameter.requires_grad:
             left, right = (x, dy) if self.transposed else (dy, x)
             options = {"a_rows": left.rows, "b_rows": right.rows, "scale": scale, "dtype": self.parameter.dtype}
             grads[self.parameter] = ops.grouped_outer(left.values, right.values, routing.offsets, **options)
@@ -139,16 +161,16 @@ class Experts:
         Raises:
             Unreadable: this pass has to run stock.
         """
-        holder, adapters = self.holder, read_adapters(self.module, self.transposed)
+        held, adapters = held_by(self.holder), read_adapters(self.module, self.transposed)
         if unknown := adapters.keys() - {self.gate_up_name, self.down_name}:
             raise Unreadable(f"an adapter on the experts' {min(unknown)}")
         names = (self.gate_up_name, self.down_name, self.gate_up_bias, self.down_bias)
-        weights = {name: getattr(holder, name) for name in names if name is not None}
+        weights: dict[str | None, Any] = {name: held[name] for name in names if name is not None}
         if any(weight.dtype != dtype for weight in weights.values()):
             raise Unreadable("experts in another dtype than the activations")
         twin = Experts(self.module, *names, self.activation, self.transposed, self.interleaved, self.up_first)
         pairs = ((self.gate_up_name, self.gate_up_bias), (self.down_name, self.down_bias))
-        twin.gate_up, twin.down = (ExpertLinear(weights[n], weights.get(b or ""), self.transposed, adapters.get(n)) for n, b in pairs)
+        twin.gate_up, twin.down = (ExpertLinear(weights[n], weights.get(b), self.transposed, adapters.get(n)) for n, b in pairs)
         return twin
 
     def trained(self) -> list[Tensor]:
@@ -174,6 +196,16 @@ def holder_of(module: Any) -> Any:
     """The module under PEFT's wrappers."""
     wrappers = wrappers_of(module)
     return wrappers[-1].base_layer if wrappers else module
+
+
+def held_by(holder: Any) -> dict[str, Tensor | Packed]:
+    """The parameters that a module itself holds, as they are or in NF4."""
+    held: dict[str, Tensor | Packed] = dict(holder.named_parameters(recurse=False))
+    for name, steps in getattr(holder, "parametrizations", {}).items():
+        state = getattr(steps[0], "quant_state", None)
+        if state is not None and state.quant_type == "nf4":
+            held[name] = Packed(steps.original, state)
+    return held
 
 
 def read_adapters(module: Any, transposed: bool) -> dict[str, ExpertAdapter]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from exactune.device import has_triton, kernels_run_on
 from exactune.kernels.reference import gated as reference_gated
 from exactune.kernels.reference import grouped as reference
+from exactune.kernels.reference import nf4 as reference_nf4
 from exactune.kernels.reference.gated import GateKind
 
 if has_triton():
-    from exactune.kernels import gated, grouped_rows
+    from exactune.kernels import gated, grouped_rows, nf4
     from exactune.kernels import grouped_mm as grouped_mm_kernel
     from exactune.kernels import grouped_outer as grouped_outer_kernel
 
@@ -51,3 +54,11 @@ def routed_gated_backward(
     dgate_out.copy_(dgate)
     dup_out.copy_(dup)
     return h, dw
+
+
+def unpacked(data: Tensor, state: Any) -> Tensor:
+    """A fused parameter [E, out, in] out of bitsandbytes' NF4, as one tall matrix: blocks run on from expert to expert."""
+    tall = copy.copy(state)
+    tall.shape = torch.Size((state.shape[0] * state.shape[1], state.shape[2]))
+    unpack = nf4.dequantize_nf4 if kernels_run_on(data.device) else reference_nf4.dequantize_nf4
+    return unpack(data, tall).view(state.shape)

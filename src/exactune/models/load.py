@@ -34,12 +34,14 @@ def load_model(
     resize_model_vocab: int | None = None,
     revision: str | None = None,
     random_state: int = 3407,
+    load_experts_in_4bit: bool = False,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
     """Load `model_name` (a folder, a hub name, or an adapter folder) as (model, tokenizer), both transformers' or PEFT's own.
 
     The base is held in NF4 unless another precision is asked for. A checkpoint that is stored quantised loads as it is stored.
-    An adapter comes back on its base as a trainable PEFT model. `kwargs` go to transformers.
+    An adapter comes back on its base as a trainable PEFT model. `load_experts_in_4bit` puts the fused experts of a mixture in NF4 too,
+    which transformers leaves in 16 bits; they are then frozen. `kwargs` go to transformers.
 
     Raises:
         ConfigError: arguments that exclude each other or cannot be meant.
@@ -69,6 +71,8 @@ def load_model(
         precision, quantization = _fit_to_checkpoint(config, precision, asked_16bit=load_in_16bit)
         length = set_context(config, max_seq_length, rope_scaling)
         model = _load_weights(source, config, precision.dtype, hub, {"device_map": device_map, **quantization, **kwargs})
+    if load_experts_in_4bit:
+        _pack_experts(model, source, full_finetuning)
     tokenizer = load_tokenizer(_tokenizer_home(source), revision=source.revision, **hub)
     with seeded(random_state):
         _fit_vocabulary(model, tokenizer, resize_model_vocab, source)
@@ -123,6 +127,18 @@ def _load_weights(source: Source, config: Any, dtype: Any, hub: dict[str, Any], 
             "Use a complete causal-language-model checkpoint; the file was saved from another kind of model, or in part.",
         )
     return model
+
+
+def _pack_experts(model: Any, source: Source, full_finetuning: bool) -> None:
+    from exactune.models.nf4_experts import quantise_experts
+
+    if full_finetuning:
+        raise ConfigError(
+            "full_finetuning=True trains every weight, and load_experts_in_4bit=True holds the experts in a format that cannot be trained.",
+            "Keep one of them.",
+        )
+    if not quantise_experts(model):
+        raise ConfigError(f"load_experts_in_4bit=True was asked for, and {source.name} has no fused experts.", "Leave it out.")
 
 
 def _cast_unquantised(model: Any, dtype: Any) -> None:

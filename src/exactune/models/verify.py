@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from exactune.lora.live import is_nf4
+from exactune.models.nf4_experts import unpack_experts
 
 FORMULA = 2e-4  # float32 sums in another order, with room for the cancellations of a softmax's backward
 RATIO = 3.0
@@ -91,6 +92,7 @@ def truth_of(module: Any, dtype: torch.dtype) -> Any:
             linear.bias = child.bias
             parent, _, own = name.rpartition(".")
             setattr(twin.get_submodule(parent), own, linear)
+    unpack_experts(twin)
     return twin.to(wider(dtype))
 
 

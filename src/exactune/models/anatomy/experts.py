@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from exactune.kernels.reference import gated
-from exactune.lora.experts import Experts, holder_of
+from exactune.lora.experts import Experts, held_by, holder_of
 from exactune.models.anatomy.mlp import GATES, NO_KERNEL, best, explains, kinds_allowed
 from exactune.models.anatomy.watch import Event, Unrecognised
 
@@ -25,7 +25,7 @@ FEW = 4  # tokens that are enough to tell formulas apart
 
 def holds_experts(module: Any) -> bool:
     """True for a module, under PEFT's wrappers or not, that itself holds two parameters of three dimensions, and at most biases beside."""
-    dims = sorted(p.dim() for p in holder_of(module).parameters(recurse=False))
+    dims = sorted(len(held.shape) for held in held_by(holder_of(module)).values())
     return dims in ([3, 3], [2, 3, 3], [2, 2, 3, 3])
 
 
@@ -82,9 +82,9 @@ class _eager_in_float64:
 
 def _layouts(module: Any, width: int) -> Iterator[Experts]:
     """The ways in which the holder's parameters may be gate and up, down, and their biases, for activations of `width`."""
-    own = dict(holder_of(module).named_parameters(recurse=False))
-    fused = [name for name, p in own.items() if p.dim() == 3]
-    biases = [name for name, p in own.items() if p.dim() == 2]
+    own = held_by(holder_of(module))
+    fused = [name for name, p in own.items() if len(p.shape) == 3]
+    biases = [name for name, p in own.items() if len(p.shape) == 2]
     for (both, down), transposed in itertools.product(itertools.permutations(fused), (False, True)):
         into, out = own[both].shape[1:] if transposed else own[both].shape[:0:-1]
         back = own[down].shape[1:] if transposed else own[down].shape[:0:-1]
@@ -115,8 +115,9 @@ def read_experts(module: Any, event: Event) -> Experts:
     holder = holder_of(module)
     if getattr(holder, "_is_expert_parallel", False):
         raise Unrecognised("experts that are spread over devices")
-    own = dict(holder.named_parameters(recurse=False))
-    x, index, weights = call.x.reshape(-1, call.x.shape[-1])[:FEW], call.index[:FEW], call.weights[:FEW]
+    own = {name: held.detach() for name, held in held_by(holder).items()}
+    dtype = next(iter(own.values())).dtype
+    x, index, weights = call.x.reshape(-1, call.x.shape[-1])[:FEW].to(dtype), call.index[:FEW], call.weights[:FEW].to(dtype)
     few = Event(_first(event.args), dict(zip(event.kwargs, _first(event.kwargs.values()))), x, None)
     chosen, choices = index.flatten().tolist(), index.shape[1]
     allowed = kinds_allowed(child for child in holder.children() if next(child.parameters(), None) is None)
