@@ -25,6 +25,8 @@ check: $(VENV)/installed-check
 
 install: $(VENV)/installed
 
+install-gguf: $(VENV)/installed-gguf
+
 # Each stamp is redone when pyproject.toml changes.
 $(VENV)/installed: pyproject.toml scripts/install.sh
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/install.sh && touch $@

@@ -42,6 +42,14 @@ def test_enough_commands_are_shown():
     assert len(shown_commands()) > 12
 
 
+def test_the_tables_of_options_are_those_of_the_commands():
+    from cli_options import PAGE, options, page
+
+    text = PAGE.read_text(encoding="utf-8")
+    assert "### exactune export\n" in options() and "--imatrix" in options()
+    assert text == page(text), "docs/cli.md is out of date: run `python scripts/cli_options.py`"
+
+
 def test_the_shown_config_is_valid():
     (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "cli.md").read_text(encoding="utf-8"), re.DOTALL)
     assert TrainConfig(**yaml.safe_load(block)).method == "qlora"

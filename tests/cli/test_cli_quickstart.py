@@ -41,6 +41,8 @@ def test_quickstart_ends_with_a_table_and_leaves_a_run(in_little, four_bit):
     assert f"{scores['after']['loss']:.4f}" in result.stdout
     assert scores["after"]["loss"] != scores["before"]["loss"]
     assert "## Merged" in (run / "report.md").read_text() and "max abs error" in (run / "report.html").read_text()
+    card, data = (run / "merged" / "README.md").read_text(), json.loads((run / "data.json").read_text())
+    assert data["train"]["fingerprint"] in card and "max_steps: 2" in card
     merged = AutoModelForCausalLM.from_pretrained(run / "merged")
     assert not hasattr(merged.config, "quantization_config")
     assert AutoTokenizer.from_pretrained(run / "merged").chat_template == AutoTokenizer.from_pretrained(assets.base_model()).chat_template

@@ -102,7 +102,7 @@ def merge_and_score(result: RunResult, config: TrainConfig, console: Console) ->
     folder = result.run_dir / "merged"
     with quiet():
         console.print("\nMerging the adapter into its base, and verifying the merged model")
-        report = merge(*open_model(str(result.run_dir)), folder)
+        report = merge(*open_model(str(result.run_dir)), folder, run=result.run_dir)
         console.print(report.summary(), soft_wrap=True)
         console.print("Scoring the merged folder, loaded with plain transformers")
         merged = evaluate(
