@@ -9,6 +9,7 @@ from typing import Any
 
 from exactune import device
 from exactune.errors import ConfigError
+from exactune.memory.budget import parse_bytes
 from exactune.models import adapters, modes
 from exactune.models.checkpointing import apply_checkpointing, read_choice
 from exactune.models.load import DEFAULT_LOAD_IN_4BIT, load_model
@@ -40,6 +41,7 @@ class FastLanguageModel:
         revision: str | None = None,
         random_state: int = 3407,
         accelerate: bool = True,
+        memory_budget: str | float = "auto",
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Load (model, tokenizer) from a folder, a hub name or an adapter folder.
@@ -49,7 +51,8 @@ class FastLanguageModel:
           quantised loads as it is stored.
         - `max_seq_length` is checked against the positions the model has; `rope_scaling`, merged into the config, stretches
           them. The trainer cuts rows to its own `max_length`.
-        - `use_gradient_checkpointing`: `exactune.models.checkpointing` says what each value means.
+        - `use_gradient_checkpointing`: `exactune.models.checkpointing` says what each value means; "auto" plans each larger batch that
+          comes for `memory_budget`, such as "24GiB", or for the whole card.
         - An adapter folder gives its base with the adapter on it, ready to train on.
         - `accelerate=False` keeps every part stock. Further `kwargs` go to transformers.
 
@@ -57,6 +60,8 @@ class FastLanguageModel:
             ConfigError, ModelError, DeviceError: a mistake or a lack, with its mend.
         """
         choice = read_choice(use_gradient_checkpointing)
+        if memory_budget != "auto":
+            parse_bytes(memory_budget)  # a mistake in it costs no load
         model, tokenizer = load_model(
             model_name,
             max_seq_length=max_seq_length,
@@ -74,7 +79,7 @@ class FastLanguageModel:
             random_state=random_state,
             **kwargs,
         )
-        notes_of(model).checkpointing = use_gradient_checkpointing
+        notes_of(model).checkpointing, notes_of(model).memory_budget = use_gradient_checkpointing, memory_budget
         to_train = full_finetuning or hasattr(model, "peft_config")
         if to_train or choice is False:  # else the adapter to come decides
             apply_checkpointing(model, use_gradient_checkpointing)
