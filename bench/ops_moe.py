@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from exactune.kernels.gated import gated_forward
-from exactune.kernels.grouped_mm import grouped_mm
+from exactune.kernels.grouped_mm import Tiles, grouped_mm
 from exactune.kernels.grouped_outer import grouped_outer
 from exactune.kernels.grouped_rows import combine, routed_gated_backward
 from exactune.kernels.reference.gated import GateKind
@@ -26,6 +27,10 @@ from timing import report
 
 RANK = 16
 BYTES = 2 / 1e9
+CANDIDATES = (
+    (128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4), (64, 256, 64, 4, 4), (64, 128, 64, 4, 4),
+    (128, 128, 128, 8, 3), (256, 128, 64, 8, 3),
+)  # fmt: skip
 
 
 @dataclass
@@ -62,7 +67,7 @@ def block_of(shape: str, tokens: int) -> Block:
     return Block(transposed, index, route(index, experts), up, down, x, both, h, y)
 
 
-def time_product(name: str, x: Tensor, w: Tensor, routing: Routing, rows: Tensor | None, **options: Tensor) -> None:
+def time_product(name: str, x: Tensor, w: Tensor, routing: Routing, rows: Tensor | None, **options: Any) -> None:
     """One line for our kernel and one for torch's."""
     teraflops = 2 * routing.rows.shape[0] * w.shape[1] * w.shape[2] / 1e12
     for kind, library in (("ours", False), ("torch", True)):
@@ -78,6 +83,16 @@ def time_products(b: Block) -> None:
     time_product("up's backward [2F -> H]", b.both, b.up.mT, b.routing, None)
     low, high = normal(rows.shape[0], RANK), normal(b.up.shape[0], RANK, b.up.shape[2])
     time_product("up, gathered, and its adapter", b.x, b.up, b.routing, rows, p=low, b=high)
+
+
+def sweep(b: Block) -> None:
+    """The candidates for the wide products' blocks."""
+    rows = b.routing.rows
+    for m, n, k, warps, stages in CANDIDATES:
+        tiles = Tiles(m, n, k, warps, stages)
+        for name, x, w, at in (("up", b.x, b.up, rows), ("up's backward", b.both, b.up.mT, None)):
+            run = functools.partial(grouped_mm, x, w, b.routing.offsets, rows=at, library=False, tiles=tiles)
+            report(f"{name} {m}x{n}x{k}, {warps} warps, {stages} stages", run, teraflops=2 * len(rows) * w.shape[1] * w.shape[2] / 1e12)
 
 
 def time_ranks(b: Block) -> None:
@@ -110,9 +125,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3")
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--sweep", action="store_true", help="time candidates for the blocks of our kernel instead")
     args = parser.parse_args()
     block = block_of(args.shape, args.tokens)
     print(f"{args.shape}: {args.tokens} tokens, {len(block.h)} rows, {block.up.shape[0]} experts")
+    if args.sweep:
+        sweep(block)
+        return
     time_products(block)
     time_ranks(block)
     time_passes(block)

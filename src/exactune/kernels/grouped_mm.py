@@ -141,29 +141,30 @@ def grouped_mm(
     p: Tensor | None = None,
     b: Tensor | None = None,
     library: bool | None = None,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """`x[rows] w_e + p b_e + bias_e` [S, O] for the rows of each expert; see `reference.grouped.grouped_mm`.
 
-    x [N, K] and p [S, R] in any row stride, w [E, K, O] and b [E, R, O] in any strides, `offsets` and `rows` int32. `library` overrides
-    the choice of `library_product`.
+    x [N, K] and p [S, R] in any row stride, w [E, K, O] and b [E, R, O] in any strides, `offsets` and `rows` int32. `library` and
+    `tiles` override the choices of `library_product` and `tiles_for`.
     """
     if not tensor_cores(x):
         return reference.grouped_mm(x, w, offsets, rows=rows, bias=bias, p=p, b=b)
     if library_product(x, w) if library is None else library:
         y = torch.nn.functional.grouped_mm(x if rows is None else x.index_select(0, rows), w, offs=offsets)
-        return y if p is None and bias is None else _launch(x[:, :0], w[:, :0], y, offsets, None, bias, p, b, add=True)
+        return y if p is None and bias is None else _launch(x[:, :0], w[:, :0], y, offsets, None, bias, p, b, tiles, add=True)
     S = x.shape[0] if rows is None else rows.shape[0]
-    return _launch(x, w, torch.empty(S, w.shape[2], dtype=x.dtype, device=x.device), offsets, rows, bias, p, b, add=False)
+    return _launch(x, w, torch.empty(S, w.shape[2], dtype=x.dtype, device=x.device), offsets, rows, bias, p, b, tiles, add=False)
 
 
 def _launch(
     x: Tensor, w: Tensor, out: Tensor, offsets: Tensor, rows: Tensor | None, bias: Tensor | None, p: Tensor | None, b: Tensor | None,
-    *, add: bool,
+    tiles: Tiles | None, *, add: bool,
 ) -> Tensor:  # fmt: skip
     S, (E, K, O) = out.shape[0], w.shape
     if not S or not O:
         return out
-    tiles = tiles_for(shared_kib(x), x.element_size(), triton.cdiv(S, E), O)
+    tiles = tiles or tiles_for(shared_kib(x), x.element_size(), triton.cdiv(S, E), O)
     R = 0 if p is None else p.shape[1]
     most = (S + min(E, S) * (tiles.m - 1)) // tiles.m  # tiles that S rows of E experts can make
     with on_device(x):

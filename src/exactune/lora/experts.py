@@ -228,7 +228,7 @@ def read_adapters(module: Any, transposed: bool) -> dict[str, ExpertAdapter]:
         if len(active) > 1 or wrapper.parameter_name in found:
             raise Unreadable("several active adapters on one parameter")
         name = active[0]
-        if wrapper.num_experts == 1 or wrapper._did_swap_in_out_features == transposed or wrapper.lora_bias.get(name):
+        if wrapper._did_swap_in_out_features == transposed or wrapper.lora_bias.get(name):
             raise Unreadable("an adapter on the experts in a form of its own")
         weights = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
         found[wrapper.parameter_name] = ExpertAdapter(*weights, float(wrapper.scaling[name]))
