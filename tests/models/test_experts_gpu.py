@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
+from exactune.lora.experts import held_by
 from exactune.models.accelerate import accelerate, undo
+from exactune.models.nf4_experts import quantise_experts
 from families import distance, loss_and_grads, random_batch, tiny_model, with_lora
 
 pytestmark = pytest.mark.gpu
@@ -79,3 +81,17 @@ def test_a_step_of_the_whole_model_matches_stock(family):
     stock_loss, stock = loss_and_grads(model, **batch)
     assert abs(fast_loss - stock_loss) < 1e-5 * abs(stock_loss)
     assert distance(fast, stock) < 5e-3
+
+
+def test_experts_in_nf4_are_unpacked_bit_for_bit_and_fused():
+    pytest.importorskip("bitsandbytes.nn.parametrize")
+    model = gpu_model("qwen3_moe", torch.bfloat16, adapters=False).requires_grad_(False)
+    assert quantise_experts(model) == 4
+    model = with_lora(model, target_modules=["q_proj", "o_proj"])
+    holder = experts_of(model)
+    for name in ("gate_up_proj", "down_proj"):
+        assert torch.equal(held_by(holder)[name].detach(), getattr(holder, name))
+    stock = step(holder, torch.bfloat16)
+    assert accelerate(model).count("experts") == (2, 2)
+    fast = step(holder, torch.bfloat16)
+    assert all(error(fast[name], stock[name]) < 2e-2 for name in stock)
