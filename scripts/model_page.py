@@ -47,7 +47,9 @@ def passed(row: dict[str, Any]) -> bool:
     if "bf16" in row:
         fast, stock = ([row[dtype][who][of] for dtype in ("fp32", "bf16") for of in ("logits", "gradients")] for who in ("fast", "stock"))
         return all(f <= RATIO * s + FLOOR for f, s in zip(fast, stock))
-    return all(error < CLOSE for error in errors_of(row)) and row["undo"] and row["generate"] is not False
+    # The stock norms and recurrences round to float32: where weights that differ by 1e-9 show as more than CLOSE, so may other sums.
+    close = max(CLOSE, 3 * row.get("rounding", 0.0))
+    return all(error < close for error in errors_of(row)) and row["undo"] and row["generate"] is not False
 
 
 def all_fused(row: dict[str, Any]) -> bool:

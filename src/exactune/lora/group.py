@@ -131,6 +131,10 @@ class Group:
         return any(p.adapter is not None and p.adapter.dropout > 0 for p in self.projections)
 
     @property
+    def biased(self) -> bool:
+        return any(p.base.bias is not None for p in self.projections)
+
+    @property
     def trains_base(self) -> bool:
         return any(p.trained_base for p in self.projections)
 

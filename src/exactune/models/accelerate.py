@@ -24,6 +24,7 @@ from exactune.models.notes import base_model, bind, unbind
 from exactune.models.observe import blocks_of, decoder_of, observe, takes_causal_mask
 from exactune.models.replay import CudaCapture, Passes
 from exactune.models.report import Report
+from exactune.models.wide_stream import WideStream, leaves_range
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Acceleration:
     installed: list[Fused] = field(default_factory=list)  # forwards of ours
     hooks: list[Any] = field(default_factory=list)
     head: CausalForward | None = None
+    wide: WideStream | None = None
 
 
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, Acceleration] = weakref.WeakKeyDictionary()
@@ -97,11 +99,16 @@ def undo(model: Any) -> None:
 
 
 def _install(base: Any, decoder: Any, blocks: list[Any], state: Acceleration, *, verify: bool, layers: bool) -> None:
-    head, why = read_head(base, decoder)
     if layers:
-        installer = Installer(observe(base, decoder, blocks), state.shared, state.scratch, state.report, verify, installed=state.installed)
+        seen = observe(base, decoder, blocks)
+        if leaves_range([event.y for event in seen.calls if event is not None]):
+            state.wide = WideStream(decoder, base.get_input_embeddings())
+            state.report.wide_stream = state.shared.wide_stream = True
+        wide = state.wide is not None
+        installer = Installer(seen, state.shared, state.scratch, state.report, verify, wide, installed=state.installed)
         installer.install(base.config.get_text_config(), "layers")
         _install_final_norms(decoder, state)
+    head, why = read_head(base, decoder)
     if head is None:
         state.report.add("head", "head", why)
         return
@@ -135,6 +142,8 @@ def _install_final_norms(decoder: Any, state: Acceleration) -> None:
 def _take_back(base: Any, state: Acceleration) -> None:
     for fused in state.installed:
         vars(fused.module).pop("forward", None)
+    if state.wide is not None:
+        state.wide.undo()
     for hook in state.hooks:
         hook.remove()
     unbind(base, "save_pretrained")

@@ -44,6 +44,7 @@ class Shared:
     def __init__(self) -> None:
         self.deterministic = False
         self.recompute = False
+        self.wide_stream = False  # float16 parts that are given float32
         self.tiling = Tiling()
         self.store: HostStore | None = None  # host memory for the policies that send something there
         self.stock_calls: Counter[str] = Counter()
@@ -136,6 +137,19 @@ class Bindable(Protocol):
     def bound(self, dtype: torch.dtype) -> Any: ...
 
 
+def as_multiplied(x: Tensor, groups: Sequence[Group]) -> Tensor:
+    """x as these projections multiply it: float32 under autocast to the 16 bits of their weights is rounded to those."""
+    device = x.device.type
+    if x.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return x
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype) if _weights_of(groups) <= {dtype, torch.uint8} else x
+
+
+def _weights_of(groups: Sequence[Group]) -> set[torch.dtype]:
+    return {base_of(module).weight.dtype for group in groups for module in group.modules}
+
+
 def bind_part(part: Bindable, groups: Sequence[Group], x: Tensor) -> Any:
     """`part` for one pass over x, see `Group.bound`; `groups` are the projections in it.
 
@@ -143,9 +157,8 @@ def bind_part(part: Bindable, groups: Sequence[Group], x: Tensor) -> Any:
         Unreadable: the stock modules would not multiply in x's dtype (autocast, or the weights' own).
     """
     device = x.device.type
-    dtypes = {base_of(module).weight.dtype for group in groups for module in group.modules}
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype
-    if autocast or not dtypes <= {x.dtype, torch.uint8}:
+    if autocast or not _weights_of(groups) <= {x.dtype, torch.uint8}:
         raise Unreadable("autocast to another dtype than the activations'")
     return part.bound(x.dtype)
 

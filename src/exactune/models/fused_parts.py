@@ -15,9 +15,10 @@ from exactune.lora.live import Unreadable
 from exactune.lora.part_functions import AttentionFunction, MlpFunction, PlainMlpFunction, ProjectionFunction, trained_in
 from exactune.lora.parts import Attention, Mlp, Norm
 from exactune.lora.plain_mlp import PlainMlp
+from exactune.lora.wide_mlp import WideMlpFunction
 from exactune.models.anatomy.experts import routed
 from exactune.models.anatomy.watch import split_activation
-from exactune.models.fused_layer import Shared, bind_part, packed_rows, stock_mask
+from exactune.models.fused_layer import Shared, as_multiplied, bind_part, packed_rows, stock_mask
 
 
 class FusedPart:
@@ -27,7 +28,7 @@ class FusedPart:
         self.module, self.shared = module, shared
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() and not self.module.training:
+        if not torch.is_grad_enabled() and not self.module.training and not self.shared.wide_stream:
             return self.stock(*args, **kwargs)  # generation and evaluation: nothing to save, and the stock numbers to the bit
         try:
             return self.strict(*args, **kwargs)
@@ -62,8 +63,9 @@ class FusedNorm(FusedPart):
     def strict(self, *args: Any, **kwargs: Any) -> Tensor:
         x, more, named = split_activation(args, kwargs)
         weight = self.norm.weight
-        if x is None or more or named or (weight is not None and weight.dtype != x.dtype):
+        if x is None or more or named or (weight is not None and weight.dtype != x.dtype != torch.float32):
             raise Unreadable("a norm of another dtype than its weight's")
+        x = x.float() if self.shared.wide_stream else x  # a large weight takes a projection's result out of float16's range
         return ops.layer_norm(x, self.norm) if self.norm.centred else ops.rms_norm(x, self.norm)
 
 
@@ -81,10 +83,13 @@ class FusedMlp(FusedPart):
         x, more, named = split_activation(args, kwargs)
         if x is None or more or named:
             raise Unreadable("an MLP called with more than its input")
-        mlp = bind_part(self.mlp, self.groups(), x)
-        function = MlpFunction if isinstance(mlp, Mlp) else PlainMlpFunction
+        rounded = as_multiplied(x, self.groups())
+        mlp = bind_part(self.mlp, self.groups(), rounded)
+        function: type[torch.autograd.Function] = MlpFunction if isinstance(mlp, Mlp) else PlainMlpFunction
+        if x.dtype != rounded.dtype == torch.float16 and isinstance(mlp, Mlp) and not mlp.down.biased:
+            function = WideMlpFunction
         with torch.autocast(x.device.type, enabled=False):
-            return function.apply(mlp, x.reshape(-1, x.shape[-1]), *trained_in(mlp)).view(x.shape)
+            return function.apply(mlp, rounded.reshape(-1, x.shape[-1]), *trained_in(mlp)).view(x.shape)
 
 
 class FusedExperts(FusedPart):
@@ -121,6 +126,7 @@ class FusedProjection(FusedPart):
         x, more, named = split_activation(args, kwargs)
         if x is None or more or named:
             raise Unreadable("a projection called with more than its input")
+        x = as_multiplied(x, [self.group])
         group = bind_part(self.group, [self.group], x)
         with torch.autocast(x.device.type, enabled=False):
             y = ProjectionFunction.apply(group, x.reshape(-1, x.shape[-1]), *group.parameters())
@@ -149,6 +155,7 @@ class FusedAttention(FusedPart):
         if x is None or x.dim() != 3:
             raise Unreadable("attention called in a way of its own")
         mask, (cos, sin) = self._masked(more, named), named.get("position_embeddings") or (None, None)
+        x = as_multiplied(x, self.groups())
         attention = bind_part(self.attention, self.groups(), x)
         batch = self.shared.batch(attention, x, cos, sin, packed_rows(mask))
         with torch.autocast(x.device.type, enabled=False):

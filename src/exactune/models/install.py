@@ -48,6 +48,7 @@ class Installer:
     scratch: Scratch
     report: Report
     verify: bool
+    wide: bool = False  # a float16 model whose stream is float32: a layer that runs as one has one dtype
     verdicts: dict[tuple, Verdict] = field(default_factory=dict)
     installed: list[Fused] = field(default_factory=list)
 
@@ -69,7 +70,7 @@ class Installer:
         if "forward" in vars(block):
             return Plan(), Unrecognised("a layer with a forward of its own"), None
         setting, window = self._setting(index, config)
-        return read_plan(block, event, setting, self.scratch), setting, window
+        return read_plan(block, event, setting, self.scratch, wide=self.wide), setting, window
 
     def _setting(self, index: int, config: Any) -> tuple[Setting | Unrecognised, int | None]:
         softcaps = [v for k, v in vars(config).items() if "softcap" in k and isinstance(v, float)]
@@ -85,7 +86,7 @@ class Installer:
     def _decide(self, index: int, plan: Plan, setting: Setting | Unrecognised, window: int | None, config: Any, path: str) -> list[Fused]:
         """The forwards to install in one layer, all of it noted in the report."""
         block, event = self.seen.blocks[index], self.seen.calls[index]
-        if plan.whole is not None and event is not None:
+        if not self.wide and plan.whole is not None and event is not None:
             whole = FusedLayer(block, plan.whole, self.shared, config, _results(event))
             verdict = self._judge(block, event, plan.whole, lambda copy: self._fast_layer(copy, event, setting, config))
             if not verdict.reason:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from exactune.lora.experts import Experts
 from exactune.lora.group import Group
@@ -19,7 +20,7 @@ from exactune.models.anatomy.experts import RoutedEvent, holds_experts, read_exp
 from exactune.models.anatomy.layer import read_layer
 from exactune.models.anatomy.mlp import read_mlp
 from exactune.models.anatomy.norm import read_norm
-from exactune.models.anatomy.watch import Event, Trace, Unrecognised, is_projection, watch
+from exactune.models.anatomy.watch import Event, Trace, Unrecognised, as_dtype, is_projection, watch
 
 Kind = Literal["attention", "recurrent", "mlp", "experts", "norm", "projection"]
 Reading = Attention | Mlp | PlainMlp | Experts | Norm | Group
@@ -125,12 +126,31 @@ class Reader:
             return [Part(path, "norm", child, reason=str(why), event=event)] if weight is not None and weight.dim() == 1 else []
 
 
-def read_plan(layer: Any, event: Event, setting: Setting | Unrecognised, scratch: Scratch) -> Plan:
-    """The plan of a decoder layer that the model calls as in `event`; `setting` may be the reason why its attention cannot be read."""
+def read_plan(layer: Any, event: Event, setting: Setting | Unrecognised, scratch: Scratch, *, wide: bool = False) -> Plan:
+    """The plan of a decoder layer that the model calls as in `event`; `setting` may be the reason why its attention cannot be read.
+
+    `wide`: of a float16 layer between whose parts the activations leave float16's range.
+    """
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(event.x.shape, generator=generator).to(event.x.device, event.x.dtype)
-    trace = watch(layer, lambda: event.replay(layer, x))
+    trace = _watched_wide(layer, event, x) if wide else watch(layer, lambda: event.replay(layer, x))
     return Reader(layer, trace, setting, scratch).read()
+
+
+def _watched_wide(layer: Any, event: Event, x: Tensor) -> Trace:
+    """A pass in float32 between the parts, and each part by itself in float16 on what it was given there."""
+    casts = [child.register_forward_hook(lambda module, args, out: as_dtype(out, torch.float32)) for child in layer.children()]
+    try:
+        with torch.autocast(x.device.type, torch.float16):
+            trace = watch(layer, lambda: event.replay(layer, x.float()))
+    finally:
+        for cast in casts:
+            cast.remove()
+    for child in layer.children():
+        if child in trace.events:
+            call = replace(trace.events[child], x=trace.events[child].x.half())
+            trace.events.update(watch(child, functools.partial(call.replay, child, call.x)).events)
+    return trace
 
 
 def signature(module: Any, reading: Any) -> tuple:

@@ -30,6 +30,7 @@ class Report:
     head: str = "stock"
     stock: Counter[str] = field(default_factory=Counter)  # reason -> parts left stock
     stock_calls: Counter[str] = field(default_factory=Counter)  # reason -> calls that ran stock after the swap, live
+    wide_stream: bool = False  # a float16 model whose residual stream is kept in float32
     passes: Passes | None = None  # recordings of small batches, live
 
     def count(self, kind: str) -> tuple[int, int]:
@@ -73,4 +74,5 @@ class Report:
         shown = ", ".join(f"{fused}/{total} {label}" for label, (fused, total) in counts.items() if total)
         reasons = ": " + "; ".join(f"{count} with {reason}" for reason, count in self.stock.items()) if self.stock else ""
         graphs = "; small batches in CUDA graphs" if self.passes is not None else ""
-        return f"{shown}, head {self.head}; {sum(self.stock.values())} stock{reasons}{graphs}"
+        wide = "; residual stream in float32" if self.wide_stream else ""
+        return f"{shown}, head {self.head}; {sum(self.stock.values())} stock{reasons}{wide}{graphs}"
