@@ -10,7 +10,7 @@ import torch
 from test_accelerate_gpu import gpu_model, nf4_model
 
 from exactune.models.accelerate import accelerate, report_of, undo
-from exactune.models.replay import SEEN_BEFORE
+from exactune.models.replay import SEEN_BEFORE, CudaCapture
 from families import with_lora
 
 pytestmark = pytest.mark.gpu
@@ -150,15 +150,28 @@ def test_the_loss_of_an_earlier_step_may_live_on():
     assert not report_of(model).passes.refused
 
 
-def test_a_capture_that_fails_leaves_the_process_well():
+def test_a_pass_that_waits_is_refused_before_a_capture_breaks_off():
     model, _ = twins(with_lora(gpu_model("llama", torch.bfloat16)))
     decoder = model.get_base_model().get_decoder()
     rotary = decoder.rotary_emb.forward
     decoder.rotary_emb.forward = lambda x, position_ids: rotary(x, position_ids + 0 * int(position_ids.max()))  # waits
     training(model, [batch_of(seed) for seed in range(SEEN_BEFORE + 2)])
     (why,) = report_of(model).passes.refused
-    assert "captur" in why.lower(), why
+    assert "synchroniz" in why.lower(), why
     assert torch.rand(3, device="cuda").isfinite().all()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.cuda.get_sync_debug_mode() == 0
+
+
+def test_a_capture_that_breaks_off_gives_the_stream_back():
+    capture = CudaCapture(torch.device("cuda", 0))
+    x = torch.ones(3, device="cuda")
+    with pytest.raises(RuntimeError):
+        capture.record(lambda: (x * x.sum().item(),))
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    run, (doubled,) = CudaCapture(torch.device("cuda", 0)).record(lambda: (x * 2,))
+    run()
+    assert doubled.tolist() == [2, 2, 2]
 
 
 def test_undo_frees_the_graphs():

@@ -51,15 +51,26 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, run: Callable[[], Any]) -> None:
-        """Run it for real on the recording stream: compiles, plans and scratch buffers may not be made while recording."""
+        """Run it for real on the recording stream: compiles, plans and scratch buffers may not be made while recording.
+
+        Then again, where an operation that makes the host wait is an error: it would break the recording off, and a recording that
+        breaks off leaves torch (before 2.12) with allocators that still take it to be under way.
+        """
+        mode = torch.cuda.get_sync_debug_mode()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             run()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                run()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def record(self, run: Callable[[], tuple]) -> tuple[Callable[[], None], tuple]:
         graph = torch.cuda.CUDAGraph()
-        generator = torch.cuda.default_generators[self._stream.device_index]
+        device = self._stream.device_index
+        generator, stream = torch.cuda.default_generators[device], torch.cuda.current_stream(device)
         state = generator.clone_state()
         try:
             # Only this thread has to behave: a data loader's thread may pin memory meanwhile.
@@ -67,6 +78,7 @@ class CudaCapture:
                 results = run()
         except BaseException:
             generator.graphsafe_set_state(state)  # a capture that broke off leaves it waiting for the capture's end
+            torch.cuda.set_stream(stream)  # and the recording stream in force
             raise
         return graph.replay, results
 
@@ -202,7 +214,8 @@ class Passes:
         self._recordings: dict[Hashable, Recording | None] = {}
         self._latest: dict[Hashable, tuple[Hashable, Recording]] = {}  # by shape: the key that came last
         adapted: list[Any] = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "active_adapters")]
-        self._adapted = [(m, m.lora_A, m.lora_B, m.scaling) for m in adapted]  # to look a module's children up takes long
+        # Their dictionaries: to look children and parameters up by attribute, at every pass, takes as long as all the rest.
+        self._adapted = [(m, m.lora_A._modules, m.lora_B._modules, m.scaling) for m in adapted]
         factors = {id(p) for m in adapted for part in (m.lora_A, m.lora_B) for p in part.parameters()}
         self._others = [p for p in model.parameters() if id(p) not in factors]
         self._embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -255,7 +268,7 @@ class Passes:
             found += module.disable_adapters, tuple(active), tuple(module.merged_adapters), len(module._forward_hooks), module.training
             for name in active:
                 if name in a_of:
-                    a, b = a_of[name].weight, b_of[name].weight
+                    a, b = a_of[name]._parameters["weight"], b_of[name]._parameters["weight"]
                     found += scaling[name], a.data_ptr(), b.data_ptr(), a.requires_grad, b.requires_grad
         return tuple(found)
 
