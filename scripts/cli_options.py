@@ -23,7 +23,7 @@ def commands(command: Any, name: str = "exactune") -> Iterator[tuple[str, Any]]:
 def table(name: str, command: Any, context: Any) -> str:
     """One command's arguments and options. The fields of a configuration file, which `train` takes too, have a page of their own."""
     shown = [p for p in command.get_params(context) if not LEFT_OUT & set(p.opts) and getattr(p, "rich_help_panel", None) is None]
-    lines = [f"| `{written(p)}` | {p.help} |".replace("|FILE", "\\|FILE") for p in shown]
+    lines = [" | ".join(["", *(cell.replace("|", "\\|") for cell in (f"`{written(p)}`", p.help)), ""]).strip() for p in shown]
     return "\n".join([f"### {name}\n", f"{command.help.splitlines()[0]}\n", "| | |", "|---|---|", *lines, ""])
 
 

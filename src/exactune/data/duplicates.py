@@ -7,7 +7,7 @@ is a true Jaccard similarity of at least the threshold.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,8 +41,8 @@ def _key(words: list[str]) -> bytes:
     return hashlib.blake2b(" ".join(words).encode("utf-8"), digest_size=16).digest()
 
 
-def _triples(words: list[str]) -> set[str]:
-    return set(map(" ".join, zip(words, words[1:], words[2:])))
+def _triples(words: list[str]) -> Iterable[str]:
+    return map(" ".join, zip(words, words[1:], words[2:]))
 
 
 def find(texts: Sequence[str], *, near: bool = True, threshold: float = THRESHOLD) -> Duplicates:
@@ -75,7 +75,7 @@ class _Sketches:
 
     def add(self, index: int, words: list[str]) -> None:
         self.indices.append(index)
-        self.waiting.append(list(_triples(words)))
+        self.waiting.append(list(_triples(words)))  # one that comes twice changes no sketch, so sets would be made for nothing
         if len(self.waiting) >= BATCH:
             self._flush()
 
@@ -110,7 +110,7 @@ def _confirmed(texts: Sequence[str], flagged: Sequence[int], threshold: float) -
     sets: dict[int, set[str]] = {}
     found: dict[int, int] = {}
     for i in flagged:
-        mine = _triples(_words(texts[i]))
+        mine = set(_triples(_words(texts[i])))
         sketch = RMinHash(PERMUTATIONS, SEED)
         sketch.update(list(mine))
         for other in sorted(index.query(sketch)):
