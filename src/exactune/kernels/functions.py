@@ -23,7 +23,8 @@ def exp(x):
     r = (inside - power * _LN2_HIGH) - power * _LN2_LOW
     series = ((1.9875691500e-4 * r + 1.3981999507e-3) * r + 8.3334519073e-3) * r + 4.1665795894e-2
     series = (series * r + 1.6666665459e-1) * r + 5.0000001201e-1
-    return tl.where(x < -80.0, 0.0, tl.exp2(power) * (series * r * r + r + 1.0))
+    two_to_power = ((power.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)  # the hardware's exp2 is approximate here as well
+    return tl.where(x < -80.0, 0.0, two_to_power * (series * r * r + r + 1.0))
 
 
 @triton.jit
