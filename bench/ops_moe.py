@@ -19,7 +19,7 @@ from torch import Tensor
 from exactune.kernels.gated import gated_forward
 from exactune.kernels.grouped_mm import Tiles, grouped_mm
 from exactune.kernels.grouped_outer import grouped_outer
-from exactune.kernels.grouped_rows import combine, routed_gated_backward
+from exactune.kernels.grouped_rows import combine, gather, routed_gated_backward
 from exactune.kernels.reference.gated import GateKind
 from exactune.kernels.routing import Routing, route
 from moe import SHAPES
@@ -111,6 +111,7 @@ def time_passes(b: Block) -> None:
     kind: GateKind = "clamped_swiglu" if b.transposed else "swiglu"
     dboth = torch.empty_like(b.both)
     (gate, up), (dgate, dup) = (((t[:, ::2], t[:, 1::2]) if b.transposed else (t[:, :inner], t[:, inner:])) for t in (b.both, dboth))
+    report("rows gathered", lambda: gather(b.x, b.routing.rows), gigabytes=2 * S * b.x.shape[1] * BYTES)
     report("route", lambda: route(b.index, b.up.shape[0]))
     report("activation", lambda: gated_forward(gate, up, kind), gigabytes=3 * S * inner * BYTES)
     report(

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from exactune.kernels.flash_attention_tiles import shared_kib
+from exactune.kernels.grouped_rows import gather
 from exactune.kernels.launch import Aot, next_power_of_2, on_device, row_stride, signature_of, stages_for, tensor_cores
 from exactune.kernels.reference import grouped as reference
 
@@ -110,6 +111,7 @@ class Tiles:
 WIDE = {64: Tiles(128, 128, 32, 8, 2), 99: Tiles(128, 128, 32, 8, 3), 163: Tiles(128, 128, 64, 8, 3), 227: Tiles(128, 256, 64, 8, 4)}
 RANKS = {64: Tiles(128, 64, 64, 4, 2), 99: Tiles(128, 64, 64, 4, 3), 163: Tiles(128, 64, 64, 4, 4), 227: Tiles(128, 64, 64, 4, 4)}
 FLOAT32 = Tiles(64, 64, 32, 4, 2)
+ADDING = Tiles(64, 128, 16, 4, 1)  # a low-rank part or a bias on top of what another product has made: bound by memory, so small
 
 
 def tiles_for(kib: int, element_size: int, rows_each: int, columns: int) -> Tiles:
@@ -151,8 +153,8 @@ def grouped_mm(
     if not tensor_cores(x):
         return reference.grouped_mm(x, w, offsets, rows=rows, bias=bias, p=p, b=b)
     if library_product(x, w) if library is None else library:
-        y = torch.nn.functional.grouped_mm(x if rows is None else x.index_select(0, rows), w, offs=offsets)
-        return y if p is None and bias is None else _launch(x[:, :0], w[:, :0], y, offsets, None, bias, p, b, tiles, add=True)
+        y = torch.nn.functional.grouped_mm(x if rows is None else gather(x, rows), w, offs=offsets)
+        return y if p is None and bias is None else _launch(x[:, :0], w[:, :0], y, offsets, None, bias, p, b, ADDING, add=True)
     S = x.shape[0] if rows is None else rows.shape[0]
     return _launch(x, w, torch.empty(S, w.shape[2], dtype=x.dtype, device=x.device), offsets, rows, bias, p, b, tiles, add=False)
 
@@ -181,14 +183,16 @@ def _launch(
 _TARGETS: dict[int, tuple[int | str, ...]] = {64: ("gfx942",), 99: (86, 89, 120), 163: (80,), 227: (90, 100)}
 
 
-def _aot(kib: int, name: str, columns: int, strides: dict[str, int], *, plain: bool, dtype: str = "bf16", rows_each: int = 512) -> Aot:
-    t = tiles_for(kib, 4 if dtype == "fp32" else 2, rows_each, columns)
+def _aot(
+    kib: int, name: str, columns: int, strides: dict[str, int], *, plain: bool, dtype: str = "bf16", rows_each: int = 512, add: bool = False
+) -> Aot:  # fmt: skip
+    t = ADDING if add else tiles_for(kib, 4 if dtype == "fp32" else 2, rows_each, columns)
     signature = signature_of(
         "x_ptr w_ptr out_ptr bias_ptr p_ptr b_ptr",
         "x_stride w_expert w_k w_n out_stride bias_stride p_stride b_expert b_r b_n E K O R",
         dtype=dtype, offsets_ptr="*i32", rows_ptr="*i32",
     )  # fmt: skip
-    shape = {"BLOCK_M": t.m, "BLOCK_N": t.n, "BLOCK_K": t.k, "BLOCK_R": 16, "BLOCK_E": 128, "EVEN_K": True, "ADD": False}
+    shape = {"BLOCK_M": t.m, "BLOCK_N": t.n, "BLOCK_K": t.k, "BLOCK_R": 16, "BLOCK_E": 128, "EVEN_K": True, "ADD": add}
     absent = dict.fromkeys(("rows_ptr", "bias_ptr", "p_ptr", "b_ptr")) if plain else {}
     return Aot(
         f"grouped_mm {name} {dtype} {kib}K", _grouped_mm_kernel, signature, {**shape, **strides, **absent}, t.warps, t.stages,
@@ -206,4 +210,4 @@ AOT = [
         _aot(kib, "few rows", 2048, {"w_k": 1, "b_r": 1}, plain=False, rows_each=16),
         _aot(kib, "up", 1536, {"w_k": 1, "b_r": 1}, plain=False, dtype="fp32"),
     )
-]
+] + [_aot(227, "on top", 1536, {"w_k": 1, "b_r": 1}, plain=False, add=True)]

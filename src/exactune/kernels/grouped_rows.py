@@ -1,13 +1,15 @@
-"""The passes of a mixture of experts between its products: a token's choices summed up, and the activation's backward.
+"""The passes of a mixture of experts between its products: rows gathered, a token's choices summed up, the activation's backward.
 
+    gather                  out_s = x_row(s)                                                  [N, H] -> [S, H]
     combine                 out_n = sum over the choices j of  w_nj y_slot(n, j)              [S, H] -> [N, H]
     routed_gated_backward   with dh the gradient of an expert's h before the routing weight w is applied:
 
         dw = dh · h        dgate = w dh ∂h/∂gate        dup = w dh ∂h/∂up
 
-The first holds because out = w (h W): dw = dout · (h W) = (dout Wᵀ) · h, so the down projection's result, the largest tensor of the
-block, is not kept for the router's gradient; neither is h, which is computed again. Sums are float32, of one order, without atomics.
-Bytes: combine reads S H and writes N H; the backward reads 3 S F and writes 2 S F (3 with h, which may overwrite dh).
+The gradient of w holds because out = w (h W): dw = dout · (h W) = (dout Wᵀ) · h, so the down projection's result, the largest tensor of
+the block, is not kept for the router's gradient; neither is h, which is computed again. Sums are float32, of one order, without atomics.
+Bytes: gather writes S H and reads N H once, and from the cache after; combine reads S H and writes N H; the backward reads 3 S F and
+writes 2 S F (3 with h, which may overwrite dh).
 """
 
 from __future__ import annotations
@@ -23,6 +25,25 @@ from exactune.kernels.reference.gated import GateKind
 
 BLOCK = 1024
 WARPS = 4
+
+
+@triton.jit
+def _gather_kernel(x_ptr, rows_ptr, out_ptr, x_stride, out_stride, H, BLOCK_H: tl.constexpr):
+    s = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    row = tl.load(rows_ptr + s).to(tl.int64)
+    tl.store(out_ptr + s * out_stride + offs, tl.load(x_ptr + row * x_stride + offs, mask=offs < H), mask=offs < H)
+
+
+def gather(x: Tensor, rows: Tensor) -> Tensor:
+    """`x[rows]` [S, H] of x [N, H] in any row stride."""
+    S, H = rows.shape[0], x.shape[1]
+    out = torch.empty(S, H, dtype=x.dtype, device=x.device)
+    if out.numel():
+        block = min(2 * BLOCK, max(16, next_power_of_2(H)))
+        with on_device(x):
+            _gather_kernel[(S, triton.cdiv(H, block))](x, rows, out, x.stride(0), out.stride(0), H, BLOCK_H=block, num_warps=WARPS)
+    return out
 
 
 @triton.jit
@@ -110,7 +131,9 @@ def _aot(kind: GateKind, step: int) -> Aot:
 
 _COMBINE = signature_of("y_ptr weights_ptr out_ptr", "y_stride out_stride H", slots_ptr="*i32")
 _KINDS: tuple[tuple[GateKind, int], ...] = (("swiglu", 1), ("geglu_tanh", 1), ("geglu_erf", 1), ("clamped_swiglu", 2))
+_GATHER = signature_of("x_ptr out_ptr", "x_stride out_stride H", rows_ptr="*i32")
 AOT = [
+    Aot("gather", _gather_kernel, _GATHER, {"BLOCK_H": 2 * BLOCK}, WARPS, allowed_spill=0),
     Aot("combine", _combine_kernel, _COMBINE, {"CHOICES": 8, "BLOCK_H": BLOCK}, WARPS, allowed_spill=0),
     Aot("combine unweighted", _combine_kernel, _COMBINE, {"CHOICES": 4, "BLOCK_H": BLOCK, "weights_ptr": None}, WARPS, allowed_spill=0),
     *(_aot(kind, step) for kind, step in _KINDS),
