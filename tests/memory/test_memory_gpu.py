@@ -121,6 +121,9 @@ def test_passes_before_their_backwards_and_generation_between():
 @pytest.mark.parametrize("kind", ["bf16", "nf4"])
 def test_predicted_peaks(tmp_path, kind):
     """Within 5 % of what the allocator handed out, and never under it by more than 3 %."""
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    before = torch.cuda.memory_allocated()  # by other tests of this process
     model = accelerated(nf4_model(tmp_path, **WIDE) if kind == "nf4" else bf16_model(**WIDE))
     rows, tokens = 4, 1024
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
@@ -138,7 +141,7 @@ def test_predicted_peaks(tmp_path, kind):
                 model(**batch_of(rows, tokens)).loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        off[name] = round(plan.peak / torch.cuda.max_memory_allocated() - 1, 4)
+        off[name] = round(plan.peak / (torch.cuda.max_memory_allocated() - before) - 1, 4)
     print(kind, off)
     assert all(-0.03 <= share <= 0.05 for share in off.values()), off
 
@@ -147,12 +150,19 @@ def test_a_real_lack_of_memory_is_retried_in_the_same_bits():
     model = accelerated(bf16_model(**WIDE))
     step, batch = step_of(model, 4, 1024), batch_of(4, 1024)
     plan = Plan(step, (policies()["keep"],) * step.shape.layers)
-    expected = pass_under(model, batch, step, plan.layers)
+    for _ in range(2):  # the first pass makes what stays
+        model.zero_grad()
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_reserved()
+        expected = pass_under(model, batch, step, plan.layers)
+    needed = torch.cuda.max_memory_reserved() - before
     model.zero_grad()
     gc.collect()
     torch.cuda.empty_cache()
-    lean = plan.peak - 0.5 * (plan.peak - Plan(step, (policies()["attention"],) * step.shape.layers).peak)
-    torch.cuda.set_per_process_memory_fraction(lean / torch.cuda.get_device_properties(0).total_memory)
+    cap = torch.cuda.memory_reserved() + 0.6 * needed
+    torch.cuda.set_per_process_memory_fraction(cap / torch.cuda.get_device_properties(0).total_memory)
     trained = [p for p in model.parameters() if p.requires_grad]
     leaner = Leaner(plan, trained, lambda plan: apply_plan(model, plan))
 

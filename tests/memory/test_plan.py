@@ -10,7 +10,7 @@ from exactune.memory.job import Job
 from exactune.memory.mends import nearest, too_large
 from exactune.memory.phases import Step
 from exactune.memory.plan import GIB, LADDER, Plan, choose, fits, fits_beside, leanest, longest, most_rows, spread
-from exactune.memory.policy import policies
+from exactune.memory.policy import Tiling, policies
 from exactune.memory.shape import Shape
 
 LLAMA_8B = Shape(4096, 32, 32, 8, 128, 14336, 128256)
@@ -68,6 +68,50 @@ def test_full_fine_tuning_with_the_step_in_the_backward():
     assert plan is not None
     ordinary = all_of("layer", Step(LLAMA_8B, Job(bits=16, full=True), 1, 4096))
     assert ordinary.peak > 59 * GIB
+
+
+def test_the_optimizer_in_the_backward_spares_the_gradients():
+    def peak(in_backward):
+        return all_of("layer", Step(LLAMA_8B, Job(full=True, optim="adamw_8bit", in_backward=in_backward), 1, 4096)).peak
+
+    assert peak(False) - peak(True) > 9 * GIB
+
+
+def test_eight_bit_state_of_an_embedding_stays_in_32_bits():
+    job, whole = Job(full=True, optim="adamw_8bit"), Job(full=True, optim="paged_adamw_8bit")
+    embedding = 8 * LLAMA_8B.vocabulary * LLAMA_8B.hidden
+    rest = (2 + 8 / 256) * (LLAMA_8B.parameters - LLAMA_8B.vocabulary * LLAMA_8B.hidden)
+    assert job.optimizer(LLAMA_8B) == whole.optimizer_host(LLAMA_8B) == pytest.approx(rest + embedding, abs=1)
+    assert job.optimizer_host(LLAMA_8B) == whole.optimizer(LLAMA_8B) == 0
+
+
+def test_recorded_passes_hold_a_second_set_and_hide_the_launches():
+    eager, recorded = (Step(LLAMA_1B, Job(bits=4, graphs=graphs), 1, 512) for graphs in (False, True))
+    kept, again = all_of("keep", eager), all_of("keep", recorded)
+    assert again.peak == kept.peak + round(max(kept.phases.values())) and again.seconds < kept.seconds
+    assert all_of("layer+all", recorded).seconds == all_of("layer+all", eager).seconds, "copies to the host are not recorded"
+    large = [all_of("keep", Step(LLAMA_8B, Job(graphs=graphs), 4, 2048)) for graphs in (False, True)]
+    assert large[0].peak == large[1].peak and large[0].seconds == large[1].seconds
+
+
+def test_where_there_is_no_room_for_recordings_passes_run_eagerly():
+    step = Step(LLAMA_1B, Job(bits=4, graphs=True), 1, 512)
+    roomy, tight = choose(step, 4 * GIB, 0), choose(step, int(1.04 * all_of("attention", Step(LLAMA_1B, Job(bits=4), 1, 512)).peak), 0)
+    assert roomy.step.job.graphs and roomy.fixed["recorded passes"]
+    assert not tight.step.job.graphs and not tight.fixed["recorded passes"]
+
+
+def test_the_constant_that_says_what_is_recorded():
+    from exactune.memory import phases
+    from exactune.models import replay
+
+    assert phases.LAUNCH_BOUND == replay.LAUNCH_BOUND
+
+
+def test_deterministic_attention_needs_no_room_beside_its_results():
+    tiles = Tiling(tokens=2048)  # else the MLP's widest moment is wider
+    either = [all_of("layer", Step(LLAMA_8B, Job(deterministic=choice), 1, 32768, tiles)) for choice in (False, True)]
+    assert either[1].peak < either[0].peak
 
 
 def test_longest_and_largest_are_the_last_that_fit():

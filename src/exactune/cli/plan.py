@@ -20,7 +20,9 @@ def plan(
     model: Annotated[str | None, typer.Option(help="Model folder or hub name; its config.json is all that is read.")] = None,
     seq: Annotated[int | None, typer.Option(help="Tokens in a row.", min=1)] = None,
     batch: Annotated[int | None, typer.Option(help="Rows in one forward pass.", min=1)] = None,
-    gpu: Annotated[str, typer.Option(help="Memory of the GPU, such as 24GiB, or auto to ask this machine's.")] = "auto",
+    gpu: Annotated[
+        str | None, typer.Option(help="Memory of the GPU, such as 24GiB; left out, the config's memory_budget or this machine's.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Host memory to use, such as 64GiB, or auto.")] = "auto",
     method: Annotated[str | None, typer.Option(help="lora, qlora or full.")] = None,
     r: Annotated[int | None, typer.Option(help="Rank of the adapter.", min=1)] = None,
@@ -36,8 +38,9 @@ def plan(
     from exactune.memory.plan import choose
 
     given = {"model": model, "seq": seq, "batch": batch, "method": method, "r": r, "optim": optim}
-    step = _step(config, {name: value for name, value in given.items() if value is not None})
-    budget, beside = device_budget(gpu), host_budget(host)
+    run = _settings(config)
+    step = _step(run, {name: value for name, value in given.items() if value is not None})
+    budget, beside = device_budget(gpu or run.get("memory_budget")), host_budget(host)
     chosen = choose(step, budget, beside)
     if chosen is None:
         raise too_large(step, budget, beside)
@@ -47,15 +50,19 @@ def plan(
         _show(chosen, budget, beside)
 
 
-def _step(config: Path | None, given: dict[str, Any]) -> Step:
+def _settings(config: Path | None) -> dict[str, Any]:
+    """Every setting of the run that `config` describes; none without one."""
+    if config is None:
+        return {}
+    from exactune.train.config import TrainConfig
+
+    return TrainConfig.from_yaml(config).model_dump()
+
+
+def _step(run: dict[str, Any], given: dict[str, Any]) -> Step:
     from exactune.memory.job import LORA_TARGETS, Job
     from exactune.memory.phases import Step
 
-    run: dict[str, Any] = {}
-    if config is not None:
-        from exactune.train.config import TrainConfig
-
-        run = TrainConfig.from_yaml(config).model_dump()
     name = given.get("model") or run.get("model_name")
     if name is None:
         raise ConfigError("There is no model to plan for.", "Give a run's YAML file, or --model with a folder or hub name.")
@@ -72,6 +79,9 @@ def _step(config: Path | None, given: dict[str, Any]) -> Step:
         accumulates=(run.get("gradient_accumulation_steps") or 1) > 1,
         packed=bool(run.get("packing")),
         deterministic=bool(run.get("deterministic")),
+        in_backward=bool(run.get("optimizer_in_backward")),
+        graphs=run.get("cuda_graphs", True),
+        dropout=bool(run.get("lora_dropout")),
     )
     rows = given.get("batch") or run.get("per_device_train_batch_size") or 2
     return Step(_shape(name), job, rows, given.get("seq") or run.get("max_seq_length") or 2048)

@@ -38,7 +38,8 @@ class Job:
     accumulates: bool = False  # gradients of earlier passes are there while this one runs
     packed: bool = False
     dropout: bool = False  # of adapters' inputs: its masks count whole rows, so the step may not go in tiles
-    deterministic: bool = False
+    deterministic: bool = False  # attention's backward is our own kernels', which need no room beside its results
+    graphs: bool = False  # small batches may be recorded as CUDA graphs, which hold a second set of a pass's memory
     fragments: bool = False  # torch's allocator has segments of fixed sizes: more is reserved than is used
     gpu: bool = True  # False: the reference path on a CPU, whose attention keeps no log-sum-exp
 

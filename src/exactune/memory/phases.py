@@ -17,7 +17,10 @@ from exactune.memory.shape import BY_AUTOGRAD, Shape
 
 CHUNK_BYTES, ROW_STEP = 1 << 29, 128  # of the head's logits: the rule of `exactune.kernels.head`
 FEW_ROWS = 2048  # up to so many the products that give a layer's adapter gradients wait for each other: `exactune.lora.gradients`
-CUBLAS_WORKSPACE = 32 << 20  # of the allocator, on Hopper; less elsewhere
+LAUNCH_BOUND = 2e12  # operations a layer and step below which a pass is worth recording: the rule of `exactune.models.replay`
+# cuBLAS's workspaces, one for the thread of the forward and one for autograd's, and what is too small to be counted: as measured on an
+# H200, at the 8B shape and at a hundredth of it.
+LIBRARIES = 82 << 20
 
 
 def chunk_rows(rows: int, vocabulary: int, width: int, chunk_bytes: int = CHUNK_BYTES) -> int:
@@ -81,6 +84,8 @@ class Step:
         """Of one group of heads: gradients of the output, of q, k and v, a float32 sum for q, k's and v's by query head; or the block."""
         share, q = self._share_of_heads, self.kept["attended"]
         kv = 2 * q * self.shape.kv_heads / self.shape.heads
+        if self.job.deterministic:
+            return self._attention_inputs() + share * (q + q + kv) + self.kept["lse"]
         float32 = q * 4 / self.job.width
         repeated = 2 * q if self.shape.kv_heads < self.shape.heads else 0
         return self._attention_inputs() + share * (q + q + kv + float32 + repeated)
@@ -163,6 +168,12 @@ class Step:
     def on_its_way(self, policy: Policy) -> int:
         """Memory of a trip that is being copied beside its neighbour's work."""
         return sum(travelling(self.shape, self.job, policy, self.n).values()) if self.ahead else 0
+
+    def recorded(self, policies: Sequence[Policy]) -> bool:
+        """Whether a pass of this size is replayed from CUDA graphs once it has come a few times."""
+        if not self.job.graphs or self.job.full or any(policy.offload != "nothing" for policy in policies):
+            return False
+        return 4.0 * self.n * self.shape.linear_weights < LAUNCH_BOUND
 
     def held(self, policy: Policy) -> int:
         """On the device from one layer's forward to its backward; an autograd graph of attention also holds what it read."""

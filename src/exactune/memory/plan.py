@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from exactune.memory.activations import on_host
-from exactune.memory.phases import CUBLAS_WORKSPACE, Step, peak
+from exactune.memory.phases import LIBRARIES, Step, peak
 from exactune.memory.policy import Policy, Tiling, policies
 from exactune.memory.speed import step_seconds
 
@@ -41,7 +41,8 @@ class Plan:
             "adapters": job.adapters(shape),
             "optimizer": job.optimizer(shape),
             "ids, positions, tables": self.step.tables(),
-            "matrix library": CUBLAS_WORKSPACE,
+            "matrix library": LIBRARIES,
+            "recorded passes": round(max(self.phases.values())) if self.step.recorded(self.layers) else 0,
         }
 
     @cached_property
@@ -137,11 +138,12 @@ def spread(first: Policy, second: Policy, count: int, layers: int) -> tuple[Poli
 
 
 def settings(step: Step) -> Iterator[Step]:
-    """The step in tiles that get smaller, from none; copies wait where memory is tightest."""
+    """The step in tiles that get smaller, from none and from tiles of the logits alone; copies wait where memory is tightest."""
     shape = step.shape
     for rows in TILE_ROWS[:1] if step.job.dropout else TILE_ROWS:
         if rows is None:
             yield step
+            yield replace(step, tiling=Tiling(logits=LEAST_LOGITS))
         elif rows < step.n:
             least = rows == TILE_ROWS[-1]
             tiling = Tiling(rows, 1 if least else max(1, shape.kv_heads // 4), LEAST_LOGITS if least else None)
@@ -160,8 +162,16 @@ def leanest(step: Step, *, host: bool = True) -> Plan:
 def choose(step: Step, budget: int, host: int | None = None) -> Plan | None:
     """The fastest plan for `step` that fits `budget` bytes of the device and `host` bytes beside it; None where none does.
 
-    Two policies are mixed over the layers; ties go to the lower peak.
+    Two policies are mixed over the layers; ties go to the lower peak. Where there is no room for recorded passes they are not recorded.
     """
+    steps = [step]
+    if step.recorded(()):
+        steps.append(replace(step, job=replace(step.job, graphs=False)))
+    found = [plan for plan in (_fastest(each, budget, host) for each in steps) if plan is not None]
+    return min(found, key=lambda plan: plan.seconds, default=None)
+
+
+def _fastest(step: Step, budget: int, host: int | None) -> Plan | None:
     everything = (policies()["keep"],) * step.shape.layers
     if fits(fastest := Plan(step, everything), budget, host):
         return fastest

@@ -17,7 +17,12 @@ OPERATIONS = 5.8e14  # a second, in the products of a training step
 ATTENTION = 0.6  # of that rate
 LINK = 5.0e10  # bytes a second each way, pinned
 BESIDE = 1e-12  # seconds that each byte brought back costs the products beside it
+EAGER_LAYER = 4e-3  # seconds of the host a layer and step: launches that a small batch cannot hide, and a recorded pass does not have
+# What a policy adds to them, from the number of its launches and copies.
+MORE_LAUNCHES = {"nothing": 0.0, "mlp": 0.06, "layer": 0.15, "attention": 0.18}
+MORE_COPIES = {"nothing": 0.0, "input": 0.1, "all": 0.3}
 TILES = 1.01  # a step in tiles, relative to one without: shorter products
+LOGITS = 1.001  # the same of one whose logits alone come in smaller pieces
 
 
 def step_seconds(step: Step, policies: Sequence[Policy]) -> float:
@@ -38,7 +43,11 @@ def step_seconds(step: Step, policies: Sequence[Policy]) -> float:
             out_left += moved / LINK
             back_left += moved / LINK
     waited = max(0.0, out_left) + max(0.0, back_left)
-    return computed * (TILES if step.tiled else 1.0) + waited + brought * BESIDE
+    seconds = computed * (TILES if step.tiled else LOGITS if step.tiling.logits else 1.0) + waited + brought * BESIDE
+    if not step.job.gpu or step.recorded(policies):
+        return seconds
+    launches = sum(1 + MORE_LAUNCHES[policy.recompute] + MORE_COPIES[policy.offload] for policy in policies)
+    return max(seconds, EAGER_LAYER * launches)
 
 
 def _layer_seconds(step: Step) -> tuple[float, float]:

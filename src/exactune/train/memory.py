@@ -125,8 +125,8 @@ class RunMemory:
 
     def _note_peak(self, measured: int) -> None:
         plan = _plan_of(self._auto)
-        # Its own prediction: the first pass finds no earlier gradients, and no state of an optimizer.
-        first = Plan(replace(plan.step, job=replace(plan.step.job, accumulates=False)), plan.layers)
+        # Its own prediction: the first pass finds no earlier gradients, no state of an optimizer, and is not recorded.
+        first = Plan(replace(plan.step, job=replace(plan.step.job, accumulates=False, graphs=False)), plan.layers)
         predicted = first.peak - plan.fixed["optimizer"]
         self._measured = {"peak_bytes": measured, "predicted_peak_bytes": predicted}
         self.record(self.as_dict())
