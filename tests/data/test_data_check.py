@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import sys
 
 import pytest
 from chat_families import bundled, tokenizer_of
@@ -217,6 +218,54 @@ def test_what_only_the_template_knows(tokenizer):
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     )
     assert [f.kind for f in check(clean_rows(), endless).findings] == ["no_end_of_turn"]
+
+
+def test_a_template_that_does_not_show_single_turns(tokenizer):
+    halved = bundled()
+    halved.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role != 'assistant' %}{{ m.content }}<|im_end|>"
+        "{% elif 'walnut shell' in m.content %}{% generation %}A{% endgeneration %}{% generation %} shell.<|im_end|>{% endgeneration %}"
+        "{% else %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    rows = clean_rows()
+    assert check(rows, halved, train_on="last_turn").findings == []
+    longer = next(index for index, row in enumerate(rows) if len(row["messages"]) > 2)  # all of a single turn is its last turn
+    rows[longer]["messages"][-1]["content"] = "This is a walnut shell."
+    (finding,) = check(rows, halved, train_on="last_turn").findings
+    assert (finding.kind, finding.rows) == ("template_unclear", [longer])
+
+
+def test_near_duplicates_that_nobody_looked_for_are_told(monkeypatch):
+    rows = clean_rows()
+    plant_near(rows)
+    assert {"near_duplicate"} <= {finding.kind for finding in check(rows).findings}
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    found = {finding.kind for finding in check(rows).findings}
+    assert "near_duplicates_unchecked" in found and "near_duplicate" not in found
+
+
+# Faults of more than one row, of files and of templates: each has a test of its own.
+ELSEWHERE = {
+    "unreadable": test_faults_of_whole_files,
+    "unreadable_row": test_faults_of_whole_files,
+    "unknown_format": test_faults_of_whole_files,
+    "contamination": test_held_out_rows_in_the_training_set,
+    "near_contamination": test_held_out_rows_in_the_training_set,
+    "answer_not_json": test_json_answers_that_are_not,
+    "same_pair": test_pairs_and_labels,
+    "bad_label": test_pairs_and_labels,
+    "template_refuses": test_what_only_the_template_knows,
+    "no_end_of_turn": test_what_only_the_template_knows,
+    "template_unclear": test_a_template_that_does_not_show_single_turns,
+    "near_duplicates_unchecked": test_near_duplicates_that_nobody_looked_for_are_told,
+}
+
+
+def test_every_kind_of_fault_is_planted():
+    planted = {EXPECTED.get(fault, fault) for fault in PLANTED}
+    assert planted | ELSEWHERE.keys() == KINDS.keys() and not planted & ELSEWHERE.keys()
+    assert len(planted) >= 25 and len(PLANTED) >= 35, (len(planted), len(PLANTED))
 
 
 def test_long_sets_are_sampled_but_every_cut_answer_is_found(tokenizer):
