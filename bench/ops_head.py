@@ -14,23 +14,24 @@ import triton
 
 from exactune.kernels import cross_entropy as kernels
 from exactune.kernels.cross_entropy import LossTerms, RowStatistics, cross_entropy_forward, cross_entropy_forward_and_gradient
-from exactune.kernels.head import ValidRows, chunk_rows, logits_buffer
-from exactune.kernels.linear_cross_entropy import Head, linear_cross_entropy
+from exactune.kernels.head import Rows, ValidRows, chunk_rows, logits_buffer
+from exactune.kernels.linear_cross_entropy import linear_cross_entropy
+from exactune.kernels.reference.cross_entropy import HeadWeights
 from timing import milliseconds, report
 
 
 def gemms_alone(hidden: torch.Tensor, weight: torch.Tensor, chunk: int) -> None:
     """The two products of every chunk, back to back: what no fusion can go below."""
-    buffer, out = logits_buffer(chunk, Head(weight), hidden), torch.empty_like(hidden)
+    buffer, out = logits_buffer(chunk, HeadWeights(weight), hidden), torch.empty_like(hidden)
     for start in range(0, len(hidden), chunk):
         rows = hidden[start : start + chunk]
         logits = torch.mm(rows, weight.t(), out=buffer[: len(rows)])
         torch.mm(logits, weight, out=out[start : start + chunk])
 
 
-def fused(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **options) -> None:
+def fused(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **rows) -> None:
     hidden.grad = None
-    linear_cross_entropy(hidden, weight, labels, **options).backward()
+    linear_cross_entropy(hidden, HeadWeights(weight), labels, rows=Rows(**rows)).backward()
 
 
 def stock(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> None:
@@ -54,15 +55,15 @@ def main() -> None:
     for chunk in (1024, 2048, 4096, N):
         with torch.no_grad():
             report(f"two GEMMs alone, chunks of {chunk}", partial(gemms_alone, hidden, weight, chunk), teraflops=work)
-        report(f"fused, chunks of {chunk}", partial(fused, hidden, weight, labels, valid_rows=valid, chunk=chunk), teraflops=work)
+        report(f"fused, chunks of {chunk}", partial(fused, hidden, weight, labels, valid=valid, chunk=chunk), teraflops=work)
     report(f"fused, the rule ({chunk_rows(N, V, 2)}), waiting for the labels", lambda: fused(hidden, weight, labels), teraflops=work)
     half = torch.where(torch.arange(N, device="cuda") % 2 == 0, labels, -100)
     report("fused, every second label ignored", lambda: fused(hidden, weight, half), teraflops=work / 2)
     trained = weight.clone().requires_grad_()
-    report("fused, trained head", lambda: fused(hidden, trained, labels, valid_rows=valid), teraflops=1.5 * work)
+    report("fused, trained head", lambda: fused(hidden, trained, labels, valid=valid), teraflops=1.5 * work)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    fused(hidden, weight, labels, valid_rows=valid)
+    fused(hidden, weight, labels, valid=valid)
     print(f"peak beyond the inputs: {(torch.cuda.max_memory_allocated() - before) / 2**20:.0f} MiB")
     report("stock logits, float32 cross-entropy", lambda: stock(hidden, weight, labels), teraflops=work, repeats=5)
 

@@ -5,11 +5,14 @@ import torch
 
 from exactune.kernels import linear_cross_entropy as fused_module
 from exactune.kernels import linear_logprobs as logprobs_module
-from exactune.kernels.head import ValidRows, chunk_bounds, chunk_rows
+from exactune.kernels.head import Rows, ValidRows, chunk_bounds, chunk_rows
 from exactune.kernels.linear_cross_entropy import linear_cross_entropy
 from exactune.kernels.linear_logprobs import linear_logprobs
 from exactune.kernels.reference import cross_entropy as reference
+from exactune.kernels.reference.cross_entropy import HeadWeights, LossTerms
 from parity import assert_parity
+
+STATIC = Rows(static_shapes=True)
 
 
 @pytest.fixture(autouse=True)
@@ -35,18 +38,29 @@ def inputs(device, n=25, e=32, v=211, *, ignored=0.3, ignore_index=-100, trained
     return {name: t.requires_grad_(name in trained) for name, t in tensors.items()} | {"labels": labels.to(device)}
 
 
-def check(device, dtype, tensors, *, chunk=None, static_shapes=False, **options):
+def of(function, *, lora_scale=1.0, **options):
+    """`function` of a hidden state, a head's tensors and labels by name, with what `options` say of the loss and the rows."""
+    others = {name: options.pop(name) for name in ("rows", "num_items_in_batch", "per_row", "entropy") if name in options}
+
+    def call(hidden, labels, **head):
+        return function(hidden, HeadWeights(**head, lora_scale=lora_scale), labels, LossTerms(**options), **others)
+
+    return call
+
+
+def check(device, dtype, tensors, *, rows=None, num_items_in_batch=None, **options):
     """Parity of the loss and every gradient, and of the rows' losses: the error of one number alone would be a lottery."""
 
     def fast(**tensors):
-        loss, losses = linear_cross_entropy(**tensors, chunk=chunk, static_shapes=static_shapes, per_row=True, **options)
+        given = {"rows": rows or Rows(), "num_items_in_batch": num_items_in_batch, "per_row": True}
+        loss, losses = of(linear_cross_entropy, **given, **options)(**tensors)
         return torch.cat([loss.view(1), losses])
 
-    def plain(hidden, weight, labels, **others):
-        terms = {n: options[n] for n in options if n not in ("lora_scale", "num_items_in_batch")}
-        logits = reference.head_logits(hidden, weight, lora_scale=options.get("lora_scale", 1.0), **others)
-        loss = reference.linear_cross_entropy(hidden, weight, labels, **others, **options)
-        return torch.cat([loss.view(1), reference.cross_entropy_rows(logits, labels, **terms).detach()])
+    def plain(**tensors):
+        loss = of(reference.linear_cross_entropy, num_items_in_batch=num_items_in_batch, **options)(**tensors)
+        terms = {name: value for name, value in options.items() if name != "lora_scale"}
+        logits = of(lambda hidden, head, *_: reference.head_logits(hidden, head), lora_scale=options.get("lora_scale", 1.0))(**tensors)
+        return torch.cat([loss.view(1), reference.cross_entropy_rows(logits, tensors["labels"], **terms).detach()])
 
     assert_parity(fast, plain, tensors, dtype=dtype, device=device)
 
@@ -55,7 +69,7 @@ def check(device, dtype, tensors, *, chunk=None, static_shapes=False, **options)
     "chunk, ignored, static", [(None, 0.0, False), (8, 0.0, False), (8, 0.4, False), (None, 0.4, False), (8, 0.4, True)]
 )
 def test_trained_head(device, dtype, chunk, ignored, static):
-    check(device, dtype, inputs(device, ignored=ignored), chunk=chunk, static_shapes=static)
+    check(device, dtype, inputs(device, ignored=ignored), rows=Rows(chunk=chunk, static_shapes=static))
 
 
 @pytest.mark.parametrize(
@@ -69,16 +83,16 @@ def test_trained_head(device, dtype, chunk, ignored, static):
     ids=str,
 )
 def test_loss_terms(device, dtype, options):
-    check(device, dtype, inputs(device, ignore_index=options.get("ignore_index", -100)), chunk=8, **options)
+    check(device, dtype, inputs(device, ignore_index=options.get("ignore_index", -100)), rows=Rows(chunk=8), **options)
 
 
 def test_bias_and_adapter(device, dtype):
     trained = ("hidden", "weight", "bias", "lora_a", "lora_b")
-    check(device, dtype, inputs(device, bias=True, rank=4, trained=trained), chunk=8, lora_scale=1.7)
+    check(device, dtype, inputs(device, bias=True, rank=4, trained=trained), rows=Rows(chunk=8), lora_scale=1.7)
 
 
 def test_adapter_on_a_frozen_head(device, dtype):
-    check(device, dtype, inputs(device, rank=3, trained=("lora_a", "lora_b")), chunk=8, lora_scale=0.5)
+    check(device, dtype, inputs(device, rank=3, trained=("lora_a", "lora_b")), rows=Rows(chunk=8), lora_scale=0.5)
     check(device, dtype, inputs(device, trained=("hidden",)))
 
 
@@ -88,18 +102,18 @@ def test_one_row(device, dtype):
 
 def test_no_label_at_all(device):
     tensors = inputs(device, n=7, ignored=1.1)
-    for static in (False, True):
+    for rows in (Rows(), STATIC):
         leaves = {n: t.detach().to(device).requires_grad_() if n != "labels" else t for n, t in tensors.items()}
-        loss = linear_cross_entropy(**leaves, static_shapes=static)
+        loss = of(linear_cross_entropy, rows=rows)(**leaves)
         loss.backward()
         assert loss.isnan() and not leaves["hidden"].grad.any() and not leaves["weight"].grad.any()
-        assert linear_cross_entropy(**leaves, static_shapes=static, num_items_in_batch=4) == 0
+        assert of(linear_cross_entropy, rows=rows, num_items_in_batch=4)(**leaves) == 0
 
 
 def test_upstream_gradient_and_second_backward(device):
     tensors = {n: t.detach().to(device) for n, t in inputs(device).items()}
     hidden = tensors.pop("hidden").requires_grad_()
-    loss = linear_cross_entropy(hidden, **tensors)
+    loss = of(linear_cross_entropy)(hidden, **tensors)
     (once,) = torch.autograd.grad(loss, hidden, retain_graph=True)
     (scaled,) = torch.autograd.grad(loss * 8, hidden)
     assert torch.equal(scaled, once * 8)
@@ -113,7 +127,7 @@ def test_half_precision_gradients_do_not_underflow(device):
     for name, function in (("fast", linear_cross_entropy), ("exact", reference.linear_cross_entropy)):
         cast = {n: t.double() if name == "exact" and n != "labels" else t for n, t in leaves.items()}
         cast["hidden"] = cast["hidden"].clone().requires_grad_()
-        (function(**cast, num_items_in_batch=500_000) * 65536.0).backward()
+        (of(function, num_items_in_batch=500_000)(**cast) * 65536.0).backward()
         grads[name] = cast["hidden"].grad.double()
     assert (grads["fast"] - grads["exact"]).norm() < 1e-3 * grads["exact"].norm()
 
@@ -123,7 +137,7 @@ def test_rows_known_beforehand_give_the_same_bits(device):
     valid = ValidRows(tensors["labels"])
     with torch.no_grad():
         cast = {n: t.to(device) for n, t in tensors.items()}
-        assert torch.equal(linear_cross_entropy(**cast, valid_rows=valid), linear_cross_entropy(**cast))
+        assert torch.equal(of(linear_cross_entropy, rows=Rows(valid))(**cast), of(linear_cross_entropy)(**cast))
         assert valid.index().tolist() == (tensors["labels"] != -100).nonzero().squeeze(1).tolist()
         assert ValidRows(torch.arange(4, device=device)).index() is None
 
@@ -134,7 +148,7 @@ def test_evaluation_computes_no_gradient(device, monkeypatch):
     monkeypatch.setattr(HeadGradients, "add", lambda *args: pytest.fail("a gradient was computed under no_grad"))
     tensors = {n: t.to(device) for n, t in inputs(device).items()}
     with torch.no_grad():
-        assert not linear_cross_entropy(**tensors).requires_grad
+        assert not of(linear_cross_entropy)(**tensors).requires_grad
 
 
 def test_float32_parameters_under_autocast_get_float32_gradients(device):
@@ -143,10 +157,10 @@ def test_float32_parameters_under_autocast_get_float32_gradients(device):
     tensors = inputs(device, rank=4, trained=("hidden", "lora_a", "lora_b"))
     leaves = {n: t.detach().to(device).requires_grad_(t.requires_grad) for n, t in tensors.items()}
     with torch.autocast(kind, dtype=dtype):
-        loss = linear_cross_entropy(**leaves)
+        loss = of(linear_cross_entropy)(**leaves)
     loss.backward()
     with torch.autocast(kind, dtype=dtype):
-        stock = reference.linear_cross_entropy(**{n: t.detach() for n, t in leaves.items()})
+        stock = of(reference.linear_cross_entropy)(**{n: t.detach() for n, t in leaves.items()})
     assert loss.dtype == leaves["lora_a"].grad.dtype == torch.float32
     torch.testing.assert_close(loss.detach(), stock, rtol=5e-3, atol=0)
 
@@ -155,11 +169,11 @@ def test_float32_parameters_under_autocast_get_float32_gradients(device):
 @pytest.mark.parametrize("options", [{}, {"softcap": 4.0, "logit_scale": 0.7}], ids=str)
 def test_logprobs(device, dtype, entropy, options):
     def fast(**tensors):
-        logp, spread = linear_logprobs(**tensors, entropy=entropy, chunk=8, **options)
+        logp, spread = of(linear_logprobs, entropy=entropy, rows=Rows(chunk=8), **options)(**tensors)
         return {"logp": logp, "entropy": spread}
 
     def plain(**tensors):
-        logp, spread = reference.linear_logprobs(**tensors, **options)
+        logp, spread = of(reference.linear_logprobs, **options)(**tensors)
         return {"logp": logp, "entropy": spread if entropy else None}
 
     trained = ("hidden", "weight", "bias", "lora_a", "lora_b")
@@ -169,7 +183,7 @@ def test_logprobs(device, dtype, entropy, options):
 def test_logprobs_keep_the_shape_and_take_one_gradient_alone(device):
     tensors = {n: t.detach().to(device) for n, t in inputs(device, n=12).items()}
     hidden = tensors["hidden"].view(3, 4, -1).requires_grad_()
-    logp, spread = linear_logprobs(hidden, tensors["weight"], tensors["labels"].view(3, 4), entropy=True)
+    logp, spread = linear_logprobs(hidden, HeadWeights(tensors["weight"]), tensors["labels"].view(3, 4), entropy=True)
     assert logp.shape == spread.shape == (3, 4)
     (both,) = torch.autograd.grad(logp.sum() + spread.sum(), hidden, retain_graph=True)
     (first,) = torch.autograd.grad(logp.sum(), hidden, retain_graph=True)
@@ -191,7 +205,7 @@ def test_chunks_cover_the_rows_and_stay_within_their_bytes():
 def test_real_shape(ignored):
     tensors = inputs("cuda", n=1500, e=2048, v=50_257, ignored=ignored)
     tensors["weight"] = (tensors["weight"].detach() * 0.1).requires_grad_()
-    check("cuda", torch.bfloat16, tensors, chunk=512)
+    check("cuda", torch.bfloat16, tensors, rows=Rows(chunk=512))
 
 
 @pytest.mark.gpu
@@ -200,7 +214,7 @@ def test_in_a_cuda_graph():
     hidden = tensors.pop("hidden").requires_grad_()
 
     def step():
-        loss = linear_cross_entropy(hidden, **tensors)
+        loss = of(linear_cross_entropy)(hidden, **tensors)
         return loss, *torch.autograd.grad(loss, hidden)
 
     side = torch.cuda.Stream()

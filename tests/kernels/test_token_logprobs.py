@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from exactune.kernels.head import Rows
 from exactune.kernels.reference import cross_entropy as reference
-from exactune.kernels.reference.cross_entropy import LossTerms
+from exactune.kernels.reference.cross_entropy import HeadWeights, LossTerms
 from exactune.kernels.token_logprobs import TokenLogprobs, token_logprobs
 from parity import assert_parity
 
@@ -27,10 +28,10 @@ def test_gradient_scaled_by_row_matches_autograd(device, dtype, options, masked)
     index = torch.nonzero(labels != -100).squeeze(1) if masked else None
 
     def fast(hidden):
-        return TokenLogprobs.apply(hidden, weight.to(hidden.dtype), None, labels, LossTerms(**options), index, 16)[0]
+        return TokenLogprobs.apply(hidden, weight.to(hidden.dtype), None, labels, LossTerms(**options), Rows(chunk=16), index)[0]
 
     def plain(hidden):
-        return reference.linear_logprobs(hidden, weight.to(hidden.dtype), labels, **options)[0]
+        return reference.linear_logprobs(hidden, HeadWeights(weight.to(hidden.dtype)), labels, LossTerms(**options))[0]
 
     assert_parity(fast, plain, {"hidden": hidden.to(device)}, dtype=dtype, device=device)
 
@@ -38,8 +39,8 @@ def test_gradient_scaled_by_row_matches_autograd(device, dtype, options, masked)
 def test_entropy_and_top1():
     hidden, weight, labels = case()
     labels[20:] = (hidden @ weight.t()).argmax(-1)[20:]
-    logp, entropy, top = token_logprobs(hidden, weight, labels)
-    eager = TokenLogprobs.apply(hidden, weight, None, labels, LossTerms(), None, None)
+    logp, entropy, top = token_logprobs(hidden, HeadWeights(weight), labels)
+    eager = TokenLogprobs.apply(hidden, weight, None, labels, LossTerms(), Rows(), None)
     log_p = (hidden @ weight.t()).log_softmax(-1)
     trained = labels != -100
     assert torch.allclose(entropy[trained], -(log_p.exp() * log_p).sum(-1)[trained], atol=1e-5)
@@ -52,6 +53,6 @@ def test_entropy_and_top1():
 def test_a_trained_head_gets_its_gradient():
     hidden, weight, labels = case()
     weight.requires_grad_()
-    token_logprobs(hidden, weight, labels)[0].sum().backward()
-    exact = torch.autograd.grad(reference.linear_logprobs(hidden, weight, labels)[0].sum(), weight)[0]
+    token_logprobs(hidden, HeadWeights(weight), labels)[0].sum().backward()
+    exact = torch.autograd.grad(reference.linear_logprobs(hidden, HeadWeights(weight), labels)[0].sum(), weight)[0]
     assert torch.allclose(weight.grad, exact, atol=1e-5)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from exactune.kernels.reference.cross_entropy import HeadWeights
+
 CHUNK_BYTES = 1 << 29  # logits in flight: 2,048 rows of 128,256 in 16 bits, where cuBLAS is already at full speed
 ROW_STEP = 128  # a GEMM tile's height: chunks are whole tiles
 
@@ -39,7 +41,7 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def logits_buffer(rows: int, head: Head, like: Tensor) -> Tensor:
+def logits_buffer(rows: int, head: HeadWeights, like: Tensor) -> Tensor:
     """Scratch `[rows, V]` whose row stride is a multiple of 64 values, so that loads stay 16 bytes wide for any vocabulary."""
     V = head.weight.shape[0]
     return torch.empty(rows, -(-V // 64) * 64, dtype=like.dtype, device=like.device)[:, :V]
@@ -71,32 +73,41 @@ class ValidRows:
         return None if count == self.rows else self._index[:count]
 
 
-def rows_to_compute(labels: Tensor, ignore_index: int, valid: ValidRows | None, static_shapes: bool) -> Tensor | None:
-    """`ValidRows.index`, or None (every row; the kernel skips the ignored ones) where shapes may not depend on the data."""
-    if static_shapes or (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return None
-    return (valid or ValidRows(labels, ignore_index)).index()
-
-
 @dataclass(frozen=True)
-class Head:
-    """`hidden [N, E] @ weight [V, E].T + bias [V] + lora_scale * (hidden @ lora_a [R, E].T) @ lora_b [V, R].T`, all of one dtype."""
+class Rows:
+    """How a batch's rows go through a head.
 
-    weight: Tensor
-    bias: Tensor | None = None
-    lora_a: Tensor | None = None
-    lora_b: Tensor | None = None
-    lora_scale: float = 1.0
+    valid: made before the forward, it spares a wait (`ValidRows`); static_shapes: ignored rows are computed too; chunk: rows whose logits
+    are held at a time, None for the rule of the shape.
+    """
 
-    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """The logits of some rows, in `out`."""
-        if self.bias is None:
-            torch.mm(hidden, self.weight.t(), out=out)
-        else:
-            torch.addmm(self.bias, hidden, self.weight.t(), out=out)
-        if self.lora_a is not None and self.lora_b is not None:
-            out.addmm_(hidden @ self.lora_a.t(), self.lora_b.t(), alpha=self.lora_scale)
-        return out
+    valid: ValidRows | None = None
+    static_shapes: bool = False
+    chunk: int | None = None
+
+    def to_compute(self, labels: Tensor, ignore_index: int) -> Tensor | None:
+        """`ValidRows.index`, or None (every row; the kernel skips the ignored ones) where shapes may not depend on the data."""
+        if self.static_shapes or (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return None
+        return (self.valid or ValidRows(labels, ignore_index)).index()
+
+    def each(self, rows: int, V: int, itemsize: int) -> int:
+        """Rows a chunk, of `rows` to compute."""
+        return min(self.chunk or chunk_rows(rows, V, itemsize), max(rows, 1))
+
+
+ALL_ROWS = Rows()
+
+
+def logits_of(head: HeadWeights, hidden: Tensor, out: Tensor) -> Tensor:
+    """The logits of some rows, in `out`; everything of one dtype."""
+    if head.bias is None:
+        torch.mm(hidden, head.weight.t(), out=out)
+    else:
+        torch.addmm(head.bias, hidden, head.weight.t(), out=out)
+    if head.lora_a is not None and head.lora_b is not None:
+        out.addmm_(hidden @ head.lora_a.t(), head.lora_b.t(), alpha=head.lora_scale)
+    return out
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
@@ -119,7 +130,7 @@ class HeadGradients:
     sum and a parameter's gradient stays in the working dtype.
     """
 
-    def __init__(self, head: Head, hidden: Tensor, rows: int, chunks: int, wanted: frozenset[str]):
+    def __init__(self, head: HeadWeights, hidden: Tensor, rows: int, chunks: int, wanted: frozenset[str]):
         self.head, self.wanted = head, wanted
         self.sums: dict[str, Tensor] = {}
         self.hidden = hidden.new_empty(rows, hidden.shape[1]) if "hidden" in wanted else None

@@ -28,20 +28,19 @@ from torch.autograd.function import once_differentiable
 
 from exactune.device import kernels_run_on
 from exactune.kernels.head import (
-    Head,
+    ALL_ROWS,
     HeadGradients,
-    ValidRows,
+    Rows,
     chunk_bounds,
-    chunk_rows,
     compute_dtype,
     logits_buffer,
-    rows_to_compute,
+    logits_of,
     scaled,
     spread_rows,
     take,
 )
 from exactune.kernels.reference import cross_entropy as reference
-from exactune.kernels.reference.cross_entropy import LossTerms
+from exactune.kernels.reference.cross_entropy import PLAIN, HeadWeights, LossTerms
 
 FP16_HEADROOM = 16.0  # p - [j = y] times this keeps probabilities down to 4e-9 in float16, and a sum of them far from its maximum
 
@@ -66,14 +65,14 @@ def token_count(labels: Tensor, ignore_index: int, num_items_in_batch: Tensor | 
 @torch.no_grad()
 def linear_cross_entropy_forward(
     hidden: Tensor,
+    head: HeadWeights,
     labels: Tensor,
-    head: Head,
     terms: LossTerms,
     count: Tensor,
     *,
+    rows: Rows = ALL_ROWS,
     wanted: frozenset[str] = frozenset(),
     index: Tensor | None = None,
-    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor, HeadGradients, Tensor]:
     """(loss, loss of each computed row, gradients, factor): the gradients of `wanted` are those of the loss once multiplied by `factor`.
 
@@ -81,16 +80,16 @@ def linear_cross_entropy_forward(
     """
     from exactune.kernels.cross_entropy import RowStatistics, cross_entropy_forward, cross_entropy_forward_and_gradient
 
-    rows = hidden.shape[0] if index is None else index.shape[0]
-    chunk = min(chunk or chunk_rows(rows, head.weight.shape[0], hidden.element_size()), max(rows, 1))
+    count_rows = hidden.shape[0] if index is None else index.shape[0]
+    chunk = rows.each(count_rows, head.weight.shape[0], hidden.element_size())
     share, factor = _split_normaliser(count, hidden.dtype)
-    gradients = HeadGradients(head, hidden, rows, -(-rows // chunk), wanted)
-    stats = RowStatistics.empty(rows, hidden.device)
+    gradients = HeadGradients(head, hidden, count_rows, -(-count_rows // chunk), wanted)
+    stats = RowStatistics.empty(count_rows, hidden.device)
     buffer = logits_buffer(chunk, head, hidden)
-    for start, end in chunk_bounds(rows, chunk):
+    for start, end in chunk_bounds(count_rows, chunk):
         states, targets = take(hidden, index, start, end), take(labels, index, start, end)
         part = stats.part(start, end)
-        logits = head.logits(states, out=buffer[: end - start])
+        logits = logits_of(head, states, out=buffer[: end - start])
         if wanted:
             cross_entropy_forward_and_gradient(logits, targets, terms, share, part)
             gradients.add(logits, states, start, end)
@@ -105,11 +104,11 @@ class LinearCrossEntropy(torch.autograd.Function):
     INPUTS = ("hidden", "weight", "bias", "lora_a", "lora_b")
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, lora_a, lora_b, labels, lora_scale, terms, count, index, chunk, grad_enabled):
-        head = Head(weight, bias, lora_a, lora_b, lora_scale)
+    def forward(ctx, hidden, weight, bias, lora_a, lora_b, lora_scale, labels, terms, count, rows, index, grad_enabled):
+        head = HeadWeights(weight, bias, lora_a, lora_b, lora_scale)
         wanted = frozenset(n for n, needed in zip(LinearCrossEntropy.INPUTS, ctx.needs_input_grad) if needed and grad_enabled)
         loss, losses, gradients, factor = linear_cross_entropy_forward(
-            hidden, labels, head, terms, count, wanted=wanted, index=index, chunk=chunk
+            hidden, head, labels, terms, count, rows=rows, wanted=wanted, index=index
         )
         names = sorted(gradients.sums)
         ctx.save_for_backward(factor, index, gradients.hidden, *(gradients.sums[name] for name in names))
@@ -137,43 +136,28 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    head: HeadWeights,
     labels: Tensor,
+    terms: LossTerms = PLAIN,
     *,
-    bias: Tensor | None = None,
-    lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    lora_scale: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    ignore_index: int = -100,
+    rows: Rows = ALL_ROWS,
     num_items_in_batch: Tensor | int | None = None,
-    valid_rows: ValidRows | None = None,
-    static_shapes: bool = False,
-    chunk: int | None = None,
     per_row: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Mean loss of the head's logits, float32, differentiable in `hidden [..., E]`, `weight [V, E]`, `bias [V]`, `lora_a [R, E]` and
-    `lora_b [V, R]`; `labels [...]` belong to the rows as they are (the caller shifts them).
+    """Mean loss of the logits that `head` makes of `hidden [..., E]`, float32, differentiable in hidden and in all of the head.
 
-    The sum over rows is divided by `num_items_in_batch`, or by the number of rows with a label: NaN if there is none, as in torch.
-    Computed in autocast's dtype if that is on, else in hidden's; any parameter may be of another (float32 masters).
-    `valid_rows` (made before the forward) spares a wait, `static_shapes` computes ignored rows too; the module says when. `chunk` is the
-    number of rows whose logits are held at a time, by default a rule of the shape.
-    With `per_row=True` also each row's loss `[...]`, without a gradient.
+    `labels [...]` belong to the rows as they are (the caller shifts them). The sum over rows is divided by `num_items_in_batch`, or by the
+    number of rows with a label: NaN if there is none, as in torch. Computed in autocast's dtype if that is on, else in hidden's; any
+    parameter may be of another (float32 masters). With `per_row=True` also each row's loss `[...]`, without a gradient.
     """
-    terms = LossTerms(softcap, logit_scale, label_smoothing, z_loss, ignore_index)
     shape, hidden, labels = labels.shape, hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).contiguous()
     if not kernels_run_on(hidden.device):
-        logits = reference.head_logits(hidden, weight, bias=bias, lora_a=lora_a, lora_b=lora_b, lora_scale=lora_scale)
-        losses = reference.cross_entropy_rows(logits, labels, **asdict(terms))
-        loss = reference.reduce_rows(losses, labels, ignore_index, num_items_in_batch)
+        losses = reference.cross_entropy_rows(reference.head_logits(hidden, head), labels, **asdict(terms))
+        loss = reference.reduce_rows(losses, labels, terms.ignore_index, num_items_in_batch)
         return (loss, losses.detach().view(shape)) if per_row else loss
     dtype = compute_dtype(hidden)
-    inputs = (None if t is None else t.to(dtype) for t in (hidden, weight, bias, lora_a, lora_b))
-    count = token_count(labels, ignore_index, num_items_in_batch)
-    index = rows_to_compute(labels, ignore_index, valid_rows, static_shapes)
-    loss, losses = LinearCrossEntropy.apply(*inputs, labels, lora_scale, terms, count, index, chunk, torch.is_grad_enabled())
+    count = token_count(labels, terms.ignore_index, num_items_in_batch)
+    index = rows.to_compute(labels, terms.ignore_index)
+    inputs = (hidden.to(dtype), *head.to(dtype).tensors(), head.lora_scale)
+    loss, losses = LinearCrossEntropy.apply(*inputs, labels, terms, count, rows, index, torch.is_grad_enabled())
     return (loss, losses.view(shape)) if per_row else loss

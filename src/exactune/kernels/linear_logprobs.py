@@ -19,19 +19,18 @@ from torch.autograd.function import once_differentiable
 
 from exactune.device import kernels_run_on
 from exactune.kernels.head import (
-    Head,
+    ALL_ROWS,
     HeadGradients,
-    ValidRows,
+    Rows,
     chunk_bounds,
-    chunk_rows,
     compute_dtype,
     logits_buffer,
-    rows_to_compute,
+    logits_of,
     spread_rows,
     take,
 )
 from exactune.kernels.reference import cross_entropy as reference
-from exactune.kernels.reference.cross_entropy import LossTerms
+from exactune.kernels.reference.cross_entropy import PLAIN, HeadWeights, LossTerms
 
 
 class LinearLogprobs(torch.autograd.Function):
@@ -40,17 +39,17 @@ class LinearLogprobs(torch.autograd.Function):
     INPUTS = ("hidden", "weight", "bias", "lora_a", "lora_b")
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, lora_a, lora_b, labels, lora_scale, terms, entropy, index, chunk):
+    def forward(ctx, hidden, weight, bias, lora_a, lora_b, lora_scale, labels, terms, entropy, rows, index):
         from exactune.kernels.cross_entropy import RowStatistics, cross_entropy_forward
 
         ctx.set_materialize_grads(False)
-        head = Head(weight, bias, lora_a, lora_b, lora_scale)
-        rows = hidden.shape[0] if index is None else index.shape[0]
-        ctx.chunk = min(chunk or chunk_rows(rows, weight.shape[0], hidden.element_size()), max(rows, 1))
-        stats = RowStatistics.empty(rows, hidden.device, entropy=entropy)
+        head = HeadWeights(weight, bias, lora_a, lora_b, lora_scale)
+        count = hidden.shape[0] if index is None else index.shape[0]
+        ctx.chunk = rows.each(count, weight.shape[0], hidden.element_size())
+        stats = RowStatistics.empty(count, hidden.device, entropy=entropy)
         buffer = logits_buffer(ctx.chunk, head, hidden)
-        for start, end in chunk_bounds(rows, ctx.chunk):
-            logits = head.logits(take(hidden, index, start, end), out=buffer[: end - start])
+        for start, end in chunk_bounds(count, ctx.chunk):
+            logits = logits_of(head, take(hidden, index, start, end), out=buffer[: end - start])
             cross_entropy_forward(logits, take(labels, index, start, end), terms, rows=stats.part(start, end))
         ctx.save_for_backward(hidden, weight, bias, lora_a, lora_b, labels, index, stats.loss, stats.lse, stats.entropy)
         ctx.lora_scale, ctx.terms = lora_scale, terms
@@ -64,7 +63,7 @@ class LinearLogprobs(torch.autograd.Function):
         from exactune.kernels.cross_entropy import RowStatistics, cross_entropy_backward
 
         hidden, weight, bias, lora_a, lora_b, labels, index, *saved = ctx.saved_tensors
-        head, stats = Head(weight, bias, lora_a, lora_b, ctx.lora_scale), RowStatistics(*saved)
+        head, stats = HeadWeights(weight, bias, lora_a, lora_b, ctx.lora_scale), RowStatistics(*saved)
         rows = stats.loss.shape[0]
         dloss = torch.zeros_like(stats.loss) if dlogp is None else take(-dlogp, index, 0, rows)
         dentropy = None if dentropy is None else take(dentropy, index, 0, rows)
@@ -73,7 +72,7 @@ class LinearLogprobs(torch.autograd.Function):
         buffer = logits_buffer(ctx.chunk, head, hidden)
         for start, end in chunk_bounds(rows, ctx.chunk):
             states, targets = take(hidden, index, start, end), take(labels, index, start, end)
-            logits = head.logits(states, out=buffer[: end - start])
+            logits = logits_of(head, states, out=buffer[: end - start])
             upstream = dloss[start:end].contiguous(), None if dentropy is None else dentropy[start:end].contiguous()
             cross_entropy_backward(upstream[0], logits, targets, stats.part(start, end), ctx.terms, dentropy=upstream[1], out=logits)
             gradients.add(logits, states, start, end)
@@ -85,35 +84,16 @@ class LinearLogprobs(torch.autograd.Function):
 
 
 def linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    lora_scale: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-    entropy: bool = False,
-    valid_rows: ValidRows | None = None,
-    static_shapes: bool = False,
-    chunk: int | None = None,
+    hidden: Tensor, head: HeadWeights, labels: Tensor, terms: LossTerms = PLAIN, *, rows: Rows = ALL_ROWS, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each label, and with `entropy=True` the entropy in nats of each row's distribution, both `[...]` float32,
-    differentiable, 0 where the label is ignored. A temperature t is `logit_scale=1 / t`; other arguments as in `linear_cross_entropy`.
+    differentiable, 0 where the label is ignored. A temperature t is `logit_scale=1 / t`; arguments as of `linear_cross_entropy`.
     """
-    terms = LossTerms(softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index)
     shape, hidden, labels = labels.shape, hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).contiguous()
     if not kernels_run_on(hidden.device):
-        logp, spread = reference.linear_logprobs(
-            hidden, weight, labels, bias=bias, lora_a=lora_a, lora_b=lora_b, lora_scale=lora_scale,
-            softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index,
-        )  # fmt: skip
+        logp, spread = reference.linear_logprobs(hidden, head, labels, terms)
         return logp.view(shape), spread.view(shape) if entropy else None
     dtype = compute_dtype(hidden)
-    inputs = (None if t is None else t.to(dtype) for t in (hidden, weight, bias, lora_a, lora_b))
-    index = rows_to_compute(labels, ignore_index, valid_rows, static_shapes)
-    logp, spread = LinearLogprobs.apply(*inputs, labels, lora_scale, terms, entropy, index, chunk)
+    inputs = (hidden.to(dtype), *head.to(dtype).tensors(), head.lora_scale)
+    logp, spread = LinearLogprobs.apply(*inputs, labels, terms, entropy, rows, rows.to_compute(labels, terms.ignore_index))
     return logp.view(shape), None if spread is None else spread.view(shape)

@@ -17,21 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from exactune.device import kernels_run_on
-from exactune.kernels.head import (
-    Head,
-    ValidRows,
-    chunk_bounds,
-    chunk_rows,
-    compute_dtype,
-    logits_buffer,
-    rows_to_compute,
-    spread_rows,
-    take,
-)
+from exactune.kernels.head import ALL_ROWS, Rows, chunk_bounds, chunk_rows, compute_dtype, logits_buffer, logits_of, spread_rows, take
 from exactune.kernels.linear_cross_entropy import FP16_HEADROOM
 from exactune.kernels.linear_logprobs import linear_logprobs
 from exactune.kernels.reference import cross_entropy as reference
-from exactune.kernels.reference.cross_entropy import LossTerms
+from exactune.kernels.reference.cross_entropy import PLAIN, HeadWeights, LossTerms
 
 
 def _is_top(logits: Tensor, labels: Tensor) -> Tensor:
@@ -44,21 +34,21 @@ class TokenLogprobs(torch.autograd.Function):
     """(logp, H, top1), each [N], of a frozen head; 0 in the rows that `index` leaves out."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, terms, index, chunk):
+    def forward(ctx, hidden, weight, bias, labels, terms, rows, index):
         from exactune.kernels.cross_entropy import RowStatistics, cross_entropy_forward_and_gradient
 
-        head, total = Head(weight, bias), hidden.shape[0]
-        rows = total if index is None else index.shape[0]
-        chunk = min(chunk or chunk_rows(rows, weight.shape[0], hidden.element_size()), max(rows, 1))
+        head, total = HeadWeights(weight, bias), hidden.shape[0]
+        count = total if index is None else index.shape[0]
+        chunk = rows.each(count, weight.shape[0], hidden.element_size())
         ctx.factor = FP16_HEADROOM if hidden.dtype == torch.float16 else 1.0
         share = torch.full((1,), ctx.factor, device=hidden.device)
-        stats = RowStatistics.empty(rows, hidden.device, entropy=True)
-        dloss = hidden.new_empty(rows, hidden.shape[1])
-        top = torch.empty(rows, dtype=torch.bool, device=hidden.device)
+        stats = RowStatistics.empty(count, hidden.device, entropy=True)
+        dloss = hidden.new_empty(count, hidden.shape[1])
+        top = torch.empty(count, dtype=torch.bool, device=hidden.device)
         buffer = logits_buffer(chunk, head, hidden)
-        for start, end in chunk_bounds(rows, chunk):
+        for start, end in chunk_bounds(count, chunk):
             targets = take(labels, index, start, end)
-            logits = head.logits(take(hidden, index, start, end), out=buffer[: end - start])
+            logits = logits_of(head, take(hidden, index, start, end), out=buffer[: end - start])
             top[start:end] = _is_top(logits, targets) & (targets != terms.ignore_index)
             cross_entropy_forward_and_gradient(logits, targets, terms, share, rows=stats.part(start, end))
             torch.mm(logits, weight, out=dloss[start:end])
@@ -79,62 +69,43 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def _of_frozen_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: LossTerms, index: Tensor | None
+    hidden: Tensor, head: HeadWeights, labels: Tensor, terms: LossTerms, index: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same in plain torch, for the rows that `index` names."""
     total, rows, targets = len(labels), take(hidden, index, 0, len(labels)), take(labels, index, 0, len(labels))
-    logits = torch.nn.functional.linear(rows, weight, bias)
-    logp, entropy = reference.logprobs(
-        logits, targets, softcap=terms.softcap, logit_scale=terms.logit_scale, ignore_index=terms.ignore_index
-    )
+    logits = reference.head_logits(rows, head)
+    logp, entropy = reference.logprobs(logits, targets, terms)
     top = _is_top(logits.detach(), targets) & (targets != terms.ignore_index)
     return spread_rows(logp, index, total), spread_rows(entropy.detach(), index, total), spread_rows(top, index, total)
 
 
 @torch.no_grad()
-def _top_of_all(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+def _top_of_all(hidden: Tensor, labels: Tensor, head: HeadWeights) -> Tensor:
     """`top1` of every row, chunk by chunk."""
     chunk = chunk_rows(hidden.shape[0], head.weight.shape[0], hidden.element_size())
     buffer = logits_buffer(min(chunk, max(hidden.shape[0], 1)), head, hidden)
-    parts = [_is_top(head.logits(hidden[a:b], out=buffer[: b - a]), labels[a:b]) for a, b in chunk_bounds(hidden.shape[0], chunk)]
+    bounds = chunk_bounds(hidden.shape[0], chunk)
+    parts = [_is_top(logits_of(head, hidden[start:end], out=buffer[: end - start]), labels[start:end]) for start, end in bounds]
     return torch.cat(parts) if parts else labels.new_empty(0, dtype=torch.bool)
 
 
 def token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    lora_scale: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-    valid_rows: ValidRows | None = None,
-    static_shapes: bool = False,
+    hidden: Tensor, head: HeadWeights, labels: Tensor, terms: LossTerms = PLAIN, *, rows: Rows = ALL_ROWS
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probability of each label, entropy in nats, whether the label's logit is the largest), each [N]; 0 and False where ignored.
 
-    hidden: [N, E], weight: [V, E], labels: [N], belonging to the rows as they are. The first is differentiable in all that is trained,
-    the entropy only with a trained head. Arguments as in `linear_cross_entropy`.
+    hidden: [N, E], labels: [N], belonging to the rows as they are. The first is differentiable in all that is trained, the entropy only
+    with a trained head. Arguments as of `linear_cross_entropy`.
     """
     dtype = compute_dtype(hidden)
-    trained = any(t is not None and t.requires_grad for t in (weight, bias, lora_a, lora_b))
-    if not trained and lora_a is None:
-        terms = LossTerms(softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index)
-        index = rows_to_compute(labels, ignore_index, valid_rows, static_shapes)
+    if not head.trained and head.lora_a is None:
+        index = rows.to_compute(labels, terms.ignore_index)
         if not kernels_run_on(hidden.device):
-            return _of_frozen_head(hidden, weight, bias, labels, terms, index)
-        inputs = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
-        return TokenLogprobs.apply(*inputs, labels.contiguous(), terms, index, None)
-    logp, entropy = linear_logprobs(
-        hidden, weight, labels, bias=bias, lora_a=lora_a, lora_b=lora_b, lora_scale=lora_scale, softcap=softcap,
-        logit_scale=logit_scale, ignore_index=ignore_index, entropy=True, valid_rows=valid_rows, static_shapes=static_shapes,
-    )  # fmt: skip
+            return _of_frozen_head(hidden, head, labels, terms, index)
+        weight, bias, *_ = head.to(dtype).tensors()
+        return TokenLogprobs.apply(hidden.to(dtype), weight, bias, labels.contiguous(), terms, rows, index)
+    logp, entropy = linear_logprobs(hidden, head, labels, terms, rows=rows, entropy=True)
     assert entropy is not None
-    cast = [None if t is None else t.detach().to(dtype) for t in (weight, bias, lora_a, lora_b)]
-    assert cast[0] is not None
-    head = Head(cast[0], cast[1], cast[2], cast[3], lora_scale)
-    return logp, entropy, _top_of_all(hidden.to(dtype), labels, head) & (labels != ignore_index)
+    with torch.no_grad():
+        top = _top_of_all(hidden.to(dtype), labels, head.to(dtype))
+    return logp, entropy, top & (labels != terms.ignore_index)

@@ -12,14 +12,15 @@ Small batches that come again in the same shape are recorded and replayed (`repl
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from exactune.kernels.head import ValidRows
+from exactune.kernels.head import Rows, ValidRows
 from exactune.kernels.linear_cross_entropy import linear_cross_entropy
+from exactune.kernels.reference.cross_entropy import HeadWeights, LossTerms
 from exactune.kernels.token_logprobs import token_logprobs
 from exactune.lora.live import Adapter, Unreadable, read_projection
 from exactune.memory.phases import chunk_rows
@@ -44,8 +45,8 @@ class Head:
         logits = logits * self.scale if self.scale != 1.0 else logits
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
-    def options(self) -> dict[str, Any]:
-        """Arguments for the fused head, with the adapter that is on it now.
+    def fused(self) -> FusedHead:
+        """The same for the fused head, with the adapter that is on it now.
 
         Raises:
             Unreadable: the head has to run its own forward.
@@ -53,16 +54,18 @@ class Head:
         projection = read_projection(self.module)
         if projection.quantised or (projection.adapter and projection.adapter.dropout):
             raise Unreadable("a quantised head, or dropout on its adapter")
-        adapter: Adapter | None = projection.adapter
-        return {
-            "weight": projection.base.weight,
-            "bias": projection.base.bias,
-            "lora_a": adapter.a if adapter else None,
-            "lora_b": adapter.b if adapter else None,
-            "lora_scale": adapter.scale if adapter else 1.0,
-            "softcap": self.softcap,
-            "logit_scale": self.scale,
-        }
+        weights = HeadWeights(projection.base.weight, projection.base.bias)
+        if projection.adapter is not None:
+            adapter: Adapter = projection.adapter
+            weights = replace(weights, lora_a=adapter.a, lora_b=adapter.b, lora_scale=adapter.scale)
+        return FusedHead(weights, LossTerms(softcap=self.softcap, logit_scale=self.scale))
+
+
+class FusedHead(NamedTuple):
+    """The arguments of the fused head that are the model's."""
+
+    weights: HeadWeights
+    terms: LossTerms
 
 
 BUCKET = 64  # tokens a row; packed rows are one row of many times that
@@ -90,14 +93,14 @@ class CausalForward:
         request = PerToken() if token_log_probs is True else token_log_probs or None
         self._take_over_checkpointing()
         try:
-            options = self._fused_options(args, labels, kwargs, request)
-            if options is None and request and labels is not None:
+            fused = self._fused_head(args, labels, kwargs, request)
+            if fused is None and request and labels is not None:
                 return self._stock_per_token(labels, request, **kwargs)
-            if options is None:
+            if fused is None:
                 stock = {"labels": labels} if labels is not None else {}
                 return type(self.model).forward(self.model, *args, **stock, **kwargs)
             assert labels is not None
-            return self._fused(labels, options, request, **kwargs)
+            return self._fused(labels, fused, request, **kwargs)
         finally:
             self.shared.release()
 
@@ -124,8 +127,8 @@ class CausalForward:
             if getattr(layer, "gradient_checkpointing", False):
                 layer.gradient_checkpointing = False
 
-    def _fused_options(self, args: tuple, labels: Tensor | None, kwargs: dict[str, Any], request: PerToken | None) -> dict[str, Any] | None:
-        """Arguments of the fused head, or None where this call has to run stock."""
+    def _fused_head(self, args: tuple, labels: Tensor | None, kwargs: dict[str, Any], request: PerToken | None) -> FusedHead | None:
+        """The fused head for this call, or None where it has to run stock."""
         if not self.active or labels is None or args or kwargs.get("past_key_values") is not None or kwargs.get("return_dict") is False:
             return None
         if not request and not self.model.training:
@@ -137,12 +140,12 @@ class CausalForward:
             self.shared.stock_calls["head: a temperature, or mean logits, behind a softcap"] += 1
             return None
         try:
-            return self.head.options()
+            return self.head.fused()
         except Unreadable as why:
             self.shared.stock_calls[f"head: {why}"] += 1
             return None
 
-    def _fused(self, labels: Tensor, options: dict[str, Any], request: PerToken | None, **kwargs: Any) -> Any:
+    def _fused(self, labels: Tensor, fused: FusedHead, request: PerToken | None, **kwargs: Any) -> Any:
         num_items = kwargs.pop("num_items_in_batch", None)
         kwargs.pop("logits_to_keep", None)
         if kwargs.get("use_cache") is None:
@@ -150,7 +153,7 @@ class CausalForward:
         shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         mask = kwargs["attention_mask"] = self._mask(labels, kwargs)
         if packed_rows(mask) is not None and self._replayable(labels, kwargs):
-            found = self._replayed(shifted, options, request, num_items, kwargs)
+            found = self._replayed(shifted, fused, request, num_items, kwargs)
             if found is not None:
                 if request:
                     return self._per_token(found, labels, num_items)
@@ -158,27 +161,28 @@ class CausalForward:
         valid = ValidRows(shifted.reshape(-1))  # asked now, so that the answer is there when the head needs it
         outputs = self.decoder(**kwargs)
         hidden = outputs.last_hidden_state
-        found = self._head(hidden, shifted, options, request, num_items, valid_rows=valid)
+        found = self._head(hidden, shifted, fused, request, num_items, Rows(valid))
         rest = {name: getattr(outputs, name, None) for name in ("hidden_states", "attentions", "past_key_values")}
         if request:
             return self._per_token(found, labels, num_items, **rest)
         return CausalLMOutput(loss=found[0], logits=Deferred(lambda: self.head.logits(hidden)), **rest)  # type: ignore[arg-type]
 
     def _head(
-        self, hidden: Tensor, shifted: Tensor, options: dict[str, Any], request: PerToken | None, num_items: Any, **how: Any
+        self, hidden: Tensor, shifted: Tensor, fused: FusedHead, request: PerToken | None, num_items: Any, rows: Rows
     ) -> tuple[Tensor, ...]:
         """(loss,), or (log-probability, entropy, whether the label came first) of each position `[B, T]`."""
         flat, targets = hidden.reshape(-1, hidden.shape[-1]), shifted.reshape(-1)
+        weights, terms = fused
         with torch.autocast(hidden.device.type, enabled=False):
             if request:
-                options = {**options, "logit_scale": options["logit_scale"] / request.temperature}
-                found = token_logprobs(flat, labels=targets, **how, **options)
-                mean = (_mean_logits(flat, options),) if request.mean_logits else ()
+                terms = replace(terms, logit_scale=terms.logit_scale / request.temperature)
+                found = token_logprobs(flat, weights, targets, terms, rows=rows)
+                mean = (_mean_logits(flat, weights, terms.logit_scale),) if request.mean_logits else ()
                 return tuple(t.view(shifted.shape) for t in (*found, *mean))
             if self.shared.tiling.logits:  # a memory plan holds fewer of them at a time
-                V = options["weight"].shape[0]
-                how["chunk"] = chunk_rows(targets.numel(), V, hidden.element_size(), self.shared.tiling.logits)
-            loss = linear_cross_entropy(flat, labels=targets, num_items_in_batch=num_items, **how, **options)
+                each = chunk_rows(targets.numel(), weights.weight.shape[0], hidden.element_size(), self.shared.tiling.logits)
+                rows = replace(rows, chunk=each)
+            loss = linear_cross_entropy(flat, weights, targets, terms, rows=rows, num_items_in_batch=num_items)
         assert isinstance(loss, Tensor)
         return (loss,)
 
@@ -195,7 +199,7 @@ class CausalForward:
         return tuple(getattr(layer.forward, "policy", None) for layer in self.layers)
 
     def _replayed(
-        self, shifted: Tensor, options: dict[str, Any], request: PerToken | None, num_items: Any, kwargs: dict[str, Any]
+        self, shifted: Tensor, fused: FusedHead, request: PerToken | None, num_items: Any, kwargs: dict[str, Any]
     ) -> tuple[Tensor, ...] | None:
         """The same through a recorded pass, or None where there is none and may be none."""
         assert self.passes is not None
@@ -215,7 +219,7 @@ class CausalForward:
                 input_ids=inputs["input_ids"], attention_mask=mask, position_ids=inputs.get("position_ids"), use_cache=False
             ).last_hidden_state
             num_items = inputs.get("num_items")
-            return self._head(hidden, inputs["shifted"], options, request, num_items, static_shapes=True)
+            return self._head(hidden, inputs["shifted"], fused, request, num_items, Rows(static_shapes=True))
 
         kind = (request, self.shared.recompute, self.shared.deterministic, self.shared.tiling, longest, self._policies())
         found = self.passes.run(kind, {name: t.to(shifted.device, non_blocking=True) for name, t in inputs.items()}, compute)
@@ -298,15 +302,14 @@ def _mask_of_positions(positions: Tensor, labels: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def _mean_logits(hidden: Tensor, options: dict[str, Any]) -> Tensor:
+def _mean_logits(hidden: Tensor, head: HeadWeights, scale: float) -> Tensor:
     """The mean over the vocabulary of each row's logits, float32: the mean row of the head is all it takes."""
-    mean = (hidden @ options["weight"].mean(0, dtype=torch.float32).to(hidden.dtype)).float()
-    if options["bias"] is not None:
-        mean = mean + options["bias"].float().mean()
-    if options["lora_a"] is not None:
-        down = hidden.float() @ options["lora_a"].float().t()
-        mean = mean + options["lora_scale"] * (down @ options["lora_b"].float().mean(0))
-    return mean * options["logit_scale"]
+    mean = (hidden @ head.weight.mean(0, dtype=torch.float32).to(hidden.dtype)).float()
+    if head.bias is not None:
+        mean = mean + head.bias.float().mean()
+    if head.lora_a is not None and head.lora_b is not None:
+        mean = mean + head.lora_scale * ((hidden.float() @ head.lora_a.float().t()) @ head.lora_b.float().mean(0))
+    return mean * scale
 
 
 def _only_right_padding(mask: Tensor, labels: Tensor) -> bool:

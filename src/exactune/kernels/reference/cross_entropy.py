@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,35 @@ class LossTerms:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     ignore_index: int = -100
+
+
+PLAIN = LossTerms()
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """What makes logits [N, V] of hidden states [N, E]: `hidden @ weight.T + bias + lora_scale * (hidden @ lora_a.T) @ lora_b.T`.
+
+    weight [V, E], bias [V], lora_a [R, E], lora_b [V, R], of any floating dtypes.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    lora_scale: float = 1.0
+
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        return self.weight, self.bias, self.lora_a, self.lora_b
+
+    def to(self, dtype: torch.dtype) -> HeadWeights:
+        """The same in another dtype; differentiable."""
+        bias, lora_a, lora_b = (None if t is None else t.to(dtype) for t in self.tensors()[1:])
+        return HeadWeights(self.weight.to(dtype), bias, lora_a, lora_b, self.lora_scale)
+
+    @property
+    def trained(self) -> bool:
+        return any(t is not None and t.requires_grad for t in self.tensors())
 
 
 def shape_logits(logits: Tensor, *, softcap: float | None = None, logit_scale: float = 1.0) -> Tensor:
@@ -68,61 +97,40 @@ def cross_entropy(
     return reduce_rows(rows, labels, ignore_index, num_items_in_batch)
 
 
-def head_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    *,
-    bias: Tensor | None = None,
-    lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    lora_scale: float = 1.0,
-) -> Tensor:
-    """`hidden [N, E] @ weight [V, E].T + bias [V]`, plus a low-rank part `lora_scale * (hidden @ lora_a [R, E].T) @ lora_b [V, R].T`."""
-    logits = F.linear(hidden, weight, bias)
-    if lora_a is not None and lora_b is not None:
-        logits = logits + F.linear(F.linear(hidden, lora_a.to(hidden.dtype)), lora_b.to(hidden.dtype)) * lora_scale
+def head_logits(hidden: Tensor, head: HeadWeights) -> Tensor:
+    """The logits `[N, V]` of `hidden [N, E]`."""
+    logits = F.linear(hidden, head.weight, head.bias)
+    if head.lora_a is not None and head.lora_b is not None:
+        low = F.linear(hidden, head.lora_a.to(hidden.dtype))
+        logits = logits + F.linear(low, head.lora_b.to(hidden.dtype)) * head.lora_scale
     return logits
 
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    head: HeadWeights,
     labels: Tensor,
+    terms: LossTerms = PLAIN,
     *,
-    bias: Tensor | None = None,
-    lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    lora_scale: float = 1.0,
-    **options,
+    num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
-    """Mean loss of the head's logits; `options` are those of `cross_entropy`."""
-    logits = head_logits(hidden, weight, bias=bias, lora_a=lora_a, lora_b=lora_b, lora_scale=lora_scale)
-    return cross_entropy(logits, labels, **options)
+    """Mean loss of the head's logits."""
+    return cross_entropy(head_logits(hidden, head), labels, num_items_in_batch=num_items_in_batch, **asdict(terms))
 
 
-def logprobs(
-    logits: Tensor, labels: Tensor, *, softcap: float | None = None, logit_scale: float = 1.0, ignore_index: int = -100
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each label `[N]` and entropy of each row's distribution `[N]`, both 0 where the label is ignored."""
-    log_p = at_least_float32(shape_logits(logits, softcap=softcap, logit_scale=logit_scale)).log_softmax(-1)
-    ignored = labels == ignore_index
+def logprobs(logits: Tensor, labels: Tensor, terms: LossTerms = PLAIN) -> tuple[Tensor, Tensor]:
+    """Log-probability of each label `[N]` and entropy of each row's distribution `[N]`, both 0 where the label is ignored.
+
+    Of `terms`, what shapes the logits, and the label that is ignored.
+    """
+    log_p = at_least_float32(shape_logits(logits, softcap=terms.softcap, logit_scale=terms.logit_scale)).log_softmax(-1)
+    ignored = labels == terms.ignore_index
     chosen = log_p.gather(-1, labels.long().masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
     # A token that cannot be (log-probability -inf) contributes nothing.
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
     return chosen.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0)
 
 
-def linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    lora_scale: float = 1.0,
-    **options,
-) -> tuple[Tensor, Tensor]:
+def linear_logprobs(hidden: Tensor, head: HeadWeights, labels: Tensor, terms: LossTerms = PLAIN) -> tuple[Tensor, Tensor]:
     """`logprobs` of the head's logits."""
-    logits = head_logits(hidden, weight, bias=bias, lora_a=lora_a, lora_b=lora_b, lora_scale=lora_scale)
-    return logprobs(logits, labels, **options)
+    return logprobs(head_logits(hidden, head), labels, terms)
