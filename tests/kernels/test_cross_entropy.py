@@ -105,7 +105,7 @@ def test_entropy_and_its_gradient(device, dtype):
             return cross_entropy_backward(-dlogp, logits, labels, RowStatistics(*rows), terms, dentropy=dentropy), None
 
     def plain(logits, labels):
-        return reference.logprobs(logits, labels, softcap=6.0, logit_scale=2.0)
+        return reference.logprobs(logits, labels, LossTerms(softcap=6.0, logit_scale=2.0))
 
     inputs = {"logits": logits.requires_grad_(), "labels": labels.to(device)}
     assert_parity(Both.apply, plain, inputs, dtype=dtype, device=device)
