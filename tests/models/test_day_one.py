@@ -1,5 +1,7 @@
 """The day-one test: what src has never seen is accelerated and proven. The safety test: what it almost knows is refused."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -263,6 +265,39 @@ def test_a_linear_layer_is_known_by_what_it_computes(form, fused):
     assert report.count("mlp") == (fused, 2), report.summary()
     undo(model)
     assert all(torch.equal(t, held[name]) and t.is_contiguous() for name, t in model.state_dict().items())
+
+
+class WideUnderAutocast(nn.LayerNorm):
+    """What torch's LayerNorm does under autocast on a GPU: float32 for 16 bits."""
+
+    def forward(self, z):
+        if not torch.is_autocast_enabled("cpu"):
+            return super().forward(z)
+        return nn.functional.layer_norm(z.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
+def test_norms_that_widen_under_autocast_are_fused_and_so_is_what_reads_them():
+    model = novel_model()
+    for block in model.get_base_model().model.blocks:
+        block.before = WideUnderAutocast(64)
+    model = model.to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.float() if "lora_" in name else parameter.data
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_and_grads(model, **random_batch())
+
+    truth_model = copy.deepcopy(model).float()
+    _, truth = loss_and_grads(truth_model, **random_batch())
+    _, stock = step()
+    report = accelerate(model)
+    assert report.count("norm") == (9, 9), report.summary()
+    _, fast = step()
+    assert not report.stock_calls
+    size = sum(t.square().sum() for t in truth.values()) ** 0.5
+    ours, theirs = (sum((g[n] - truth[n]).square().sum() for n in truth) ** 0.5 / size for g in (fast, stock))
+    assert ours <= 1.1 * theirs
 
 
 def almost_silu(z):

@@ -29,7 +29,7 @@ Tables = Literal["doubled", "repeated", "single", "backwards"]
 class Norm:
     """RMS norm over the last dimension: `x / rms(x) * (offset + weight)`; LayerNorm, with the module's bias, if `centred`.
 
-    `cast` names where the stock module rounds: "llama" before the weight, "gemma" after it.
+    `cast` names where the stock module rounds: "llama" before the weight, "gemma" after it; `widens`: not at all under autocast.
     """
 
     module: Any
@@ -37,6 +37,7 @@ class Norm:
     offset: float = 0.0
     cast: NormCast = "llama"
     centred: bool = False
+    widens: bool = False
 
     @property
     def weight(self) -> Tensor:

@@ -65,7 +65,9 @@ class FusedNorm(FusedPart):
         weight = self.norm.weight
         if x is None or more or named or (weight is not None and weight.dtype != x.dtype != torch.float32):
             raise Unreadable("a norm of another dtype than its weight's")
-        x = x.float() if self.shared.wide_stream else x  # a large weight takes a projection's result out of float16's range
+        # In a wide stream because a large weight takes a projection's result out of float16's range.
+        if self.shared.wide_stream or (self.norm.widens and torch.is_autocast_enabled(x.device.type)):
+            x = x.float()
         return ops.layer_norm(x, self.norm) if self.norm.centred else ops.rms_norm(x, self.norm)
 
 

@@ -158,7 +158,9 @@ def prove(
     dy = torch.randn(width, generator=generator).to(device, dtype)
     truth = run(lambda t: call(twin, t), twin, wide_x, dy, off)
     fast_forward = fast_of(probe)
-    fast = run(lambda t: call(fast_forward, t), probe, x, dy, off)
+    # Frozen 16-bit weights with float32 adapters are trained under autocast, so that is how both forms run in the model's dtype.
+    autocast = torch.autocast(device.type, dtype) if dtype in (torch.bfloat16, torch.float16) else off
+    fast = run(lambda t: call(fast_forward, t), probe, x, dy, autocast)
     if wider(dtype) == torch.float32:
         wide_forward = fast_of(twin)
         formula = run(lambda t: call(wide_forward, t), twin, wide_x, dy, off)
@@ -166,7 +168,5 @@ def prove(
         formula = fast  # float32 is wide enough to tell a formula, and float64 has no kernels
     if dtype == torch.float64:
         return Proof(tuple(compare_formula(formula, truth)))  # the stock part is the truth itself: it has no rounding to be held to
-    # Frozen 16-bit weights with float32 adapters are trained under autocast, so that is the stock path to match.
-    autocast = torch.autocast(device.type, dtype) if dtype in (torch.bfloat16, torch.float16) else off
     stock = run(lambda t: call(probe, t), probe, x, dy, autocast)
     return Proof((*compare_formula(formula, truth), *compare_rounding(fast, stock, truth)))

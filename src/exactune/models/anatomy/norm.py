@@ -62,8 +62,16 @@ def read_norm(module: Any, like: Tensor | None = None) -> Norm:
             for offset in (0.0, 1.0) if weight is not None else (0.0,):
                 scale = weight + offset if weight is not None and offset else weight
                 if _close(reference.layer_norm(x, scale, bias, eps), stock):
-                    return Norm(module, eps, offset, centred=True)
+                    return Norm(module, eps, offset, centred=True, widens=_widens(module, x))
     raise Unrecognised("a norm with a formula of its own")
+
+
+def _widens(module: Any, x: Tensor) -> bool:
+    """True where the module makes float32 of 16 bits under autocast, as torch's own LayerNorm does on a GPU."""
+    if x.dtype.itemsize != 2:
+        return False
+    with torch.autocast(x.device.type, x.dtype):
+        return module(x).dtype == torch.float32
 
 
 def _close(ours: Tensor, stock: Tensor) -> bool:
