@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from exactune.api import save_pretrained_merged
 from exactune.errors import ConfigError, ModelError
 from exactune.lora.experts import held_by
 from exactune.models.accelerate import accelerate, undo
 from exactune.models.load import load_model
 from exactune.models.nf4_experts import quantise_experts, unpack_experts
 from families import distance, loss_and_grads, random_batch, tiny_model, with_lora
-from tiny import tiny_llama, tiny_qwen3_moe
+from tiny import tiny_llama, tiny_qwen3_moe, tiny_tokenizer
 
 pytest.importorskip("bitsandbytes")
 
@@ -64,6 +65,13 @@ def test_a_step_matches_stock(family):
     undo(model)
     again = loss_and_grads(model, **batch)[1]
     assert all(torch.equal(again[name], stock[name]) for name in stock)
+
+
+def test_merging_them_is_refused_before_anything_is_written(tmp_path):
+    model = with_lora(quantised("qwen3_moe"), target_modules=["q_proj"])
+    with pytest.raises(ModelError, match=r"load_experts_in_4bit=False"):
+        save_pretrained_merged(model, tmp_path / "merged", tiny_tokenizer())
+    assert not list(tmp_path.iterdir())
 
 
 def test_unpacking_gives_plain_parameters_back():

@@ -16,6 +16,7 @@ from torch import nn
 
 from exactune.errors import ModelError
 from exactune.export.adapters import BiasShift, LowRank, TrainedRows, Update
+from exactune.lora.experts import Packed, held_by
 from exactune.models.notes import base_model
 
 # (parameter name, update) pairs that the wrappers around a module put on it
@@ -66,7 +67,7 @@ def check_mergeable(model: nn.Module, adapters: Sequence[str]) -> None:
     """Refuse what has no merged form, before anything is written.
 
     Raises:
-        ModelError: an adapter kind without a merged form, or adapters already folded into the weights.
+        ModelError: an adapter kind without a merged form, experts packed in 4 bits, or adapters already folded into the weights.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -78,6 +79,11 @@ def check_mergeable(model: nn.Module, adapters: Sequence[str]) -> None:
                 "Merge takes LoRA, rsLoRA, DoRA and trainable tokens.",
             )
     for path, module in model.named_modules():
+        if any(isinstance(held, Packed) for held in held_by(module).values()):
+            raise ModelError(
+                f"{path} holds experts in 4 bits (load_experts_in_4bit=True), which have no merged form here.",
+                "Save the adapter (save_method='lora'), load it again with load_experts_in_4bit=False, and merge that.",
+            )
         if isinstance(module, BaseTunerLayer) and module.merged_adapters:
             raise ModelError(f"{path} already has {module.merged_adapters} folded into its weight.", "Call model.unmerge_adapter() first.")
 

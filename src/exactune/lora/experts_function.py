@@ -87,4 +87,4 @@ def _through_gate_up(
 def _with_bias(experts: Experts, dw: Tensor, dout: Tensor, index: Tensor) -> Tensor:
     """The routing weights' gradient [N, k] with what the down projection's bias adds to it."""
     bias = experts.down.bias
-    return dw if bias is None else dw + (dout @ bias.detach().t()).gather(1, index)
+    return dw if bias is None else dw + (dout @ bias.detach().t()).gather(1, index.long())
