@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from exactune.memory.shape import Shape
 from exactune.models.accelerate import accelerate
 from exactune.models.memory import apply_plan, job_of, make_plan
 from families import loss_and_grads, random_batch, tiny_model, with_lora
+from tiny import tiny_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.gpu
 
@@ -210,8 +212,6 @@ def test_a_plan_under_trls_own_trainer(tmp_path):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from tiny import tiny_llama, tiny_tokenizer
-
     tokenizer = tiny_tokenizer(tiny_llama(tmp_path / "model"))
     rows = Dataset.from_dict({"input_ids": [list(range(5, 5 + n)) for n in (200, 150, 90, 200, 70, 130)]})
 
@@ -246,3 +246,39 @@ def test_what_is_reserved_stays_near_what_is_allocated():
     gap = torch.cuda.max_memory_reserved() / torch.cuda.max_memory_allocated() - 1
     print(f"gap {gap:.1%}")
     assert gap < 0.15  # of a small model: blocks of 20 MiB and up are what the 5 % of a real one are made of
+
+
+def test_a_run_plans_measures_and_trains_the_same_bits(tmp_path):
+    from exactune.train import TrainConfig, train
+
+    tiny_llama(tmp_path / "model", dtype="bfloat16", hidden_size=256, intermediate_size=704, num_attention_heads=4)
+    rows = [{"instruction": f"Count to {n}.", "response": " ".join(map(str, range(n)))} for n in range(3, 33)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "model_name": str(tmp_path / "model"), "dataset": str(tmp_path / "rows.jsonl"), "max_seq_length": 256, "max_steps": 3,
+        "gradient_accumulation_steps": 2, "deterministic": True, "cuda_graphs": False, "learning_rate": 1e-3,
+    }  # fmt: skip
+
+    def run(name, **changes):
+        return train(TrainConfig(**settings, output_dir=str(tmp_path / name), **changes))
+
+    planned, kept = run("planned", memory_budget="2GiB"), run("kept", use_gradient_checkpointing=False)
+    assert [line["loss"] for line in planned.metrics] == [line["loss"] for line in kept.metrics]
+    written = json.loads((planned.run_dir / "memory.json").read_text())
+    assert set(written["layers"]) == {"keep"} and written["leaner"] == []
+    assert 0 < written["measured"]["peak_bytes"] < 2 * GIB and written["measured"]["predicted_peak_bytes"] > 0
+
+
+def test_a_script_is_planned_for_the_whole_card(tmp_path):
+    from exactune import FastLanguageModel
+    from exactune.models.memory import fused_layers
+    from exactune.models.notes import notes_of
+
+    tiny_llama(tmp_path, dtype="bfloat16", hidden_size=256, intermediate_size=704, num_attention_heads=4)
+    model, _ = FastLanguageModel.from_pretrained(tmp_path, load_in_4bit=False, max_seq_length=256)
+    model = FastLanguageModel.get_peft_model(model, r=8).train()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for rows, tokens in ((2, 100), (1, 50), (2, 200)):
+            model(**batch_of(rows, tokens, 300)).loss.backward()
+    plan = notes_of(model).memory.plan
+    assert (plan.step.rows, plan.step.tokens) == (2, 200) and {layer.policy.name for layer in fused_layers(model)} == {"keep"}
