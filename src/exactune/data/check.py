@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,19 @@ class _Usable:
         return self.raw.where(self.indices[position])
 
 
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Rows hold no cycles, and looking for some among millions of them, again and again, takes a fifth of the time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@_no_garbage()
 def check(
     source: Any,
     tokenizer: Any = None,
