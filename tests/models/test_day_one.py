@@ -309,6 +309,41 @@ class AlmostScaler(Scaler):
         return super().forward(z) * 1.0005
 
 
+class Learned(nn.Module):
+    """An activation with a parameter; `across` mixes the tokens, which no activation does."""
+
+    def __init__(self, across=False):
+        super().__init__()
+        self.slope, self.across = nn.Parameter(torch.tensor([0.3])), across
+
+    def forward(self, z):
+        y = torch.where(z > 0, z * z, self.slope * z)
+        return y + 1e-3 * z.mean(-2, keepdim=True) if self.across else y
+
+
+class Ungated(nn.Module):
+    def __init__(self, config, across=False):
+        super().__init__()
+        self.rise, self.fall, self.curve = nn.Linear(config.hidden_size, 96), nn.Linear(96, config.hidden_size), Learned(across)
+
+    def forward(self, z):
+        return self.fall(self.curve(self.rise(z)))
+
+
+def test_an_activation_with_parameters_is_the_models_own():
+    model = with_parts(Mixer, Ungated)
+    report = same_step(model)
+    assert report.count("mlp") == (2, 2), report.summary()
+    model.get_base_model().model.blocks[0].wide.curve.slope.requires_grad_()
+    loss_and_grads(model, **random_batch())
+    assert report.stock_calls["an activation that is trained"] == 1
+
+
+def test_an_activation_that_mixes_tokens_is_refused():
+    report = same_step(with_parts(Mixer, lambda config: Ungated(config, across=True)))
+    assert report.count("mlp") == (0, 2), report.summary()
+
+
 def test_almost_the_same_activation_is_refused():
     model = novel_model()
     model.get_base_model().model.blocks[1].wide.bend = almost_silu

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from exactune.lora import ops
 from exactune.lora.group import Grads, Group, NormedInput, Roomy
+from exactune.lora.live import Unreadable
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_erf": nn.functional.gelu,
@@ -26,14 +28,25 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class PlainMlp:
-    """The two projections and the name of what stands between them."""
+    """The two projections and the name of what stands between them; `own` is the model's module for it, where we have no formula."""
 
     up: Group
     down: Group
     activation: str
+    own: Any = None
+
+    @property
+    def function(self) -> Callable[[Tensor], Tensor]:
+        return ACTIVATIONS[self.activation] if self.own is None else self.own
 
     def bound(self, dtype: torch.dtype) -> PlainMlp:
-        """The MLP for one pass in `dtype`; see `Group.bound`."""
+        """The MLP for one pass in `dtype`; see `Group.bound`.
+
+        Raises:
+            Unreadable: the activation is trained, too.
+        """
+        if self.own is not None and any(p.requires_grad for p in self.own.parameters()):
+            raise Unreadable("an activation that is trained")
         return replace(self, up=self.up.bound(dtype), down=self.down.bound(dtype))
 
     def groups(self) -> list[Group]:
@@ -53,14 +66,14 @@ def forward(mlp: PlainMlp, x: Roomy) -> tuple[Tensor, KeptPlain]:
     """m [N, E] of x [N, E]."""
     u = mlp.up.forward(x)
     h = Roomy.shaped_as(u, mlp.down.rank)
-    h.data.copy_(ACTIVATIONS[mlp.activation](u))
+    h.data.copy_(mlp.function(u))
     m = mlp.down.forward(h)
     return m, KeptPlain(u, x.room.clone(), h.room.clone())
 
 
 def backward(mlp: PlainMlp, x: Tensor | NormedInput, kept: KeptPlain, dm: Roomy, grads: Grads) -> Tensor:
     """dx [N, E] from dm [N, E]; records the gradients of the MLP's parameters."""
-    activation = ACTIVATIONS[mlp.activation]
+    activation = mlp.function
     dh = mlp.down.backward_input(dm)
     mlp.down.record(grads, dm.data, kept.p_down, dm.room, activation(kept.u))
     (du,) = ops.gradients(activation, (kept.u,), (dh,))

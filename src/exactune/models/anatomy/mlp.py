@@ -15,7 +15,7 @@ from exactune.lora.group import Group
 from exactune.lora.parts import Mlp
 from exactune.lora.plain_mlp import ACTIVATIONS, PlainMlp
 from exactune.lora.stacked import Scratch
-from exactune.models.anatomy.watch import Trace, Unrecognised, factors_of, is_projection, loudly, read_roles
+from exactune.models.anatomy.watch import Roles, Trace, Unrecognised, factors_of, is_projection, loudly, read_roles, same_place
 
 NO_KERNEL = "an activation that we have no kernel for"
 GATES: tuple[GateKind, ...] = ("swiglu", "geglu_tanh", "geglu_erf", "clamped_swiglu")
@@ -69,6 +69,19 @@ def _activations(module: Any, trace: Trace) -> Iterator[Any]:
             yield child
 
 
+def _own_activation(roles: Roles, trace: Trace) -> Any:
+    """The only thing between two projections, where that is a module with parameters of its own that takes each row for itself."""
+    if len(roles.ins) != 1 or len(roles.norms) != 1 or roles.own or roles.factor != 1.0:
+        return None
+    module = roles.norms[0]
+    event = trace.events[module]
+    between = same_place(event.x, trace.events[roles.ins[0]].y) and same_place(event.y, trace.events[roles.out].x)
+    if not between or event.args or event.kwargs:
+        return None
+    some, whole = module(event.x.flatten(0, -2)[3:7]), event.y.flatten(0, -2)[3:7]
+    return module if explains(some, whole) <= tolerance(whole.dtype) else None
+
+
 def _spread(trace: Trace, projection: Any) -> Tensor:
     return trace.events[projection].y.flatten(0, -2)
 
@@ -83,11 +96,14 @@ def read_mlp(module: Any, trace: Trace, scratch: Scratch) -> Mlp | PlainMlp:
     roles = read_roles(module, trace)
     trace, _ = loudly(module, trace)
     inner = trace.events[roles.out].x.flatten(0, -2)
-    if roles.norms or roles.own or len(roles.ins) > 2:
+    own = _own_activation(roles, trace)
+    if (roles.norms and own is None) or roles.own or len(roles.ins) > 2:
         raise Unrecognised("an MLP with parts of its own")
     made = [_spread(trace, p) for p in roles.ins]
     kinds = kinds_allowed(_activations(module, trace))
     down = Group([roles.out], scratch)
+    if own is not None:
+        return PlainMlp(Group(roles.ins, scratch), down, "own", own)
     if len(made) == 1 and made[0].shape == inner.shape and roles.factor == 1.0:
         plain = {kind: explains(f(made[0]), inner) for kind, f in ACTIVATIONS.items() if kind in kinds}
         return PlainMlp(Group(roles.ins, scratch), down, best(plain, inner, NO_KERNEL))
