@@ -161,21 +161,8 @@ class Recording:
 
 def _flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
     """All gradients in one tensor, one after another; zeros where there is none."""
-    flat = torch.empty(sum(p.numel() for p in like), dtype=like[0].dtype, device=like[0].device)
-    places = [place.view(p.shape) for place, p in zip(flat.split([p.numel() for p in like]), like)]
-    into: list[Tensor] = []
-    from_: list[Tensor] = []
-    for place, gradient in zip(places, gradients):
-        if gradient is None:
-            place.zero_()
-        elif gradient.is_contiguous():
-            into.append(place)
-            from_.append(gradient)
-        else:
-            place.copy_(gradient)
-    if into:
-        torch._foreach_copy_(into, from_)  # a few launches for all, which strided ones would spoil
-    return flat
+    parts = (torch.zeros_like(p) if gradient is None else gradient for gradient, p in zip(gradients, like))
+    return torch.cat([part.reshape(-1) for part in parts])  # fills the GPU, where `_foreach_copy_` gives a small tensor to one block
 
 
 class _Token:
