@@ -15,10 +15,10 @@ from exactune.models.accelerate import accelerate
 from families import tiny_model, with_lora
 
 
-def fused_layers(family: str, r: int | None = 4, **sizes: Any) -> tuple[Any, list[Any]]:
+def fused_layers(family: str, r: int | None = 4, lora_dropout: float = 0.0, **sizes: Any) -> tuple[Any, list[Any]]:
     """(model, the fused layers in order); adapters of rank `r` on every projection, or none and everything trained."""
     model = tiny_model(family, torch.float32, **sizes)
-    model = model.train() if r is None else with_lora(model, r=r)
+    model = model.train() if r is None else with_lora(model, r=r, lora_dropout=lora_dropout)
     accelerate(model, verify=False)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = [layer.__dict__["forward"] for layer in base.model.layers]

@@ -73,6 +73,16 @@ def test_peak_of_every_policy(monkeypatch, model_and_layers, tiling, ahead, few)
     assert not bad, bad
 
 
+def test_peak_under_adapter_dropout(monkeypatch):
+    model, layers = fused_layers("llama", lora_dropout=0.1, **WIDE)
+    step = Step(Shape.of(model.config), Job(bits=32, r=4, dropout=True), 1, TOKENS)
+    for name in ("keep", "mlp+all", "attention"):
+        policy = policies()[name]
+        found, predicted = measured(monkeypatch, model, layers, [policy], Tiling(), True), peak(step, [policy] * len(layers))
+        for phase in found:
+            assert 0.95 <= found[phase] / predicted[phase] <= 1.02, (name, phase)
+
+
 def test_peak_of_a_mix(monkeypatch, model_and_layers):
     model, layers = model_and_layers
     step = Step(Shape.of(model.config), Job(bits=32, r=4), 1, TOKENS)

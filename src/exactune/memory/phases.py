@@ -98,7 +98,8 @@ class Step:
         project = inputs + self.with_room(shape.hidden, "qkv", rows=t)
         attend = inputs + self._attention_forward()
         tile = self.u * part * (4 if shape.sandwich else 2) + self.with_room(shape.hidden, "gate_up", rows=t)
-        tile += kept["gate_up"] * part + self.with_room(shape.inner, "down", rows=t)
+        h = t * shape.inner * self.job.width
+        tile += kept["gate_up"] * part + self.with_room(shape.inner, "down", rows=t) + (h if self.job.dropout else 0)
         ranks = part * (kept["p_out"] + kept["p_gate_up"] + kept["p_down"])
         return max(project, attend, inputs + kept["attended"] + kept["lse"] + self.u + tile + ranks)
 
@@ -146,7 +147,8 @@ class Step:
         made = gate_up if "gate_up" in policy.dropped else 0
         beside = 0 if policy.frees("gate_up") else gate_up  # its gradient needs memory of its own
         project = made + (self.with_room(shape.hidden, "gate_up", rows=t) if made else 0)
-        dh = t * shape.inner * self.job.width * (2 if self.job.full else 1)
+        # Beside the gradient of h: h itself for a trained weight; under dropout what goes back through a mask, and its masked copy.
+        dh = t * shape.inner * self.job.width * (3 if self.job.dropout else 2 if self.job.full else 1)
         return tile + max(project, made + beside + dh, made + beside + kept["s"] * part)
 
     def head_forward(self) -> float:
