@@ -44,13 +44,13 @@ class Event:
     @property
     def y(self) -> Tensor:
         """The activation that came back: the result, or the first of several."""
-        return self.result[0] if isinstance(self.result, tuple) else self.result
+        return self.result[0] if isinstance(self.result, (tuple, list)) else self.result
 
     def replay(self, forward: Callable[..., Any], x: Tensor) -> Tensor:
         """Call `forward` with everything as it was but the activation, which is x; floating tensors follow x's dtype."""
         args, kwargs = as_dtype((self.args, self.kwargs), x.dtype)
         result = forward(x, *args, **kwargs)
-        return result[0] if isinstance(result, tuple) else result
+        return result[0] if isinstance(result, (tuple, list)) else result
 
 
 def as_dtype(value: Any, dtype: torch.dtype) -> Any:
