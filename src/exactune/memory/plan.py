@@ -137,6 +137,11 @@ def spread(first: Policy, second: Policy, count: int, layers: int) -> tuple[Poli
     return tuple(first if (i * count) // layers != ((i + 1) * count) // layers else second for i in range(layers))
 
 
+def eager(step: Step) -> Step:
+    """The step with nothing recorded: what takes least."""
+    return replace(step, job=replace(step.job, graphs=False))
+
+
 def settings(step: Step) -> Iterator[Step]:
     """The step in tiles that get smaller, from none and from tiles of the logits alone; copies wait where memory is tightest."""
     shape = step.shape
@@ -155,7 +160,7 @@ def settings(step: Step) -> Iterator[Step]:
 def leanest(step: Step, *, host: bool = True) -> Plan:
     """The plan with the lowest peak; without `host`, of those that send nothing there."""
     names = [name for name in LADDER if host or "+" not in name]
-    plans = [Plan(s, (policies()[name],) * step.shape.layers) for s in settings(step) for name in names]
+    plans = [Plan(s, (policies()[name],) * step.shape.layers) for s in settings(eager(step)) for name in names]
     return min(plans, key=lambda plan: (plan.peak, plan.seconds))
 
 
@@ -166,7 +171,7 @@ def choose(step: Step, budget: int, host: int | None = None) -> Plan | None:
     """
     steps = [step]
     if step.recorded(()):
-        steps.append(replace(step, job=replace(step.job, graphs=False)))
+        steps.append(eager(step))
     found = [plan for plan in (_fastest(each, budget, host) for each in steps) if plan is not None]
     return min(found, key=lambda plan: plan.seconds, default=None)
 
@@ -230,7 +235,7 @@ def most_rows(step: Step, budget: int, host: int | None = None) -> int:
 
 def _largest(make: Callable[[int], Step], budget: int, host: int | None, limit: int) -> int:
     def possible(n: int) -> bool:
-        return any(fits(Plan(s, (policies()[name],) * s.shape.layers), budget, host) for s in settings(make(n)) for name in LADDER)
+        return any(fits(Plan(s, (policies()[name],) * s.shape.layers), budget, host) for s in settings(eager(make(n))) for name in LADDER)
 
     low, high = 0, 1
     while high <= limit and possible(high):
