@@ -68,7 +68,7 @@ def settings_of(args: argparse.Namespace) -> list[dict]:
         if "table" in args.what:
             found += _table(sized)
     if "small" in args.what and args.small:
-        small = base | {"model": args.small, "bits": "4", "rows": 2, "what": "small"}
+        small = base | {"model": args.small, "bits": "4", "rows": 2, "what": "small", "warm_up": 4}  # recorded by then
         found += [small | {"gib": 1.75}, small | {"gib": 1.75, "graphs": True, "policy": "layer"}]
         found += [small | {"gib": 1.75, "graphs": True, "policy": "attention"}, small | {"graphs": True, "policy": "keep"}]
     if "full" in args.what:
