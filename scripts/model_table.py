@@ -211,14 +211,25 @@ def _be_quiet() -> None:
     logging.disable(logging.WARNING)
 
 
-def census(types: list[str], device: str, jobs: int) -> dict[str, Any]:
-    """The table: a row for each type that builds, and why the others do not."""
+def census(types: list[str], device: str, jobs: int, out: Path | None) -> None:
+    """The table: a row for each type that builds, and why the others do not; in `out` after each type, should time run out."""
     import transformers
 
-    rows, left_out, failed = [], {}, {}
+    rows: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    if device == "cuda":
+        versions["gpu"] = torch.cuda.get_device_name()
+
+    def save() -> None:
+        if out is not None:
+            out.write_text(json.dumps(versions | {"rows": rows, "left_out": left_out, "failed": failed}, indent=1) + "\n")
+
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         for result in [pool.apply_async(found_of, (model_type, device)) for model_type in types]:
             found = result.get()
+            save()
             if found.row is None:
                 (left_out if found.left_out else failed)[found.model_type] = found.left_out or found.broken
                 print("left out" if found.left_out else "BROKEN", found.model_type, found.left_out or found.broken, flush=True)
@@ -226,9 +237,7 @@ def census(types: list[str], device: str, jobs: int) -> dict[str, Any]:
             rows.append(found.row)
             mark = "ok " if passed(found.row) else "BAD"
             print(mark, "all" if all_fused(found.row) else "   ", json.dumps(found.row), flush=True)
-    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-    where = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
-    return {**versions, **where, "rows": rows, "left_out": left_out, "failed": failed}
+    save()
 
 
 def main() -> None:
@@ -239,11 +248,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes that work on types side by side")
     parser.add_argument("--out", type=Path, help="where the data goes; docs/ if every type is examined")
     asked = parser.parse_args()
-    found = census(asked.types or model_types(), asked.device, asked.jobs)
     name = "models-cuda.json" if asked.device == "cuda" else "models.json"
     out = asked.out or (None if asked.types else DOCS / name)
-    if out is not None:
-        out.write_text(json.dumps(found, indent=1) + "\n")
+    census(asked.types or model_types(), asked.device, asked.jobs, out)
     if out == DOCS / name:
         write()
 
