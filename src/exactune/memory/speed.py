@@ -23,7 +23,8 @@ EAGER_LAYER = 4e-3  # seconds of the host a layer and step: launches that a smal
 # What a policy adds to them, from the number of its launches and copies.
 MORE_LAUNCHES = {"nothing": 0.0, "mlp": 0.06, "layer": 0.15, "attention": 0.18}
 MORE_COPIES = {"nothing": 0.0, "input": 0.1, "all": 0.3}
-TILES = 1.03  # a step in tiles, relative to one without: shorter products
+TILES = 1.1  # a step in tiles, relative to one without: shorter products, of which several must be worth it
+MORE_TILES = 0.8  # of a layer's launches come again with every tile
 LOGITS = 1.001  # the same of one whose logits alone come in smaller pieces
 
 
@@ -43,7 +44,8 @@ def step_seconds(step: Step, policies: Sequence[Policy]) -> float:
     if not step.job.gpu or step.recorded(policies):
         return seconds
     launches = sum(1 + MORE_LAUNCHES[policy.recompute] + MORE_COPIES[policy.offload] for policy in policies)
-    return max(seconds, EAGER_LAYER * launches)
+    tiles = -(-step.n // step.tile)
+    return max(seconds, EAGER_LAYER * launches * (1 + MORE_TILES * (tiles - 1)))
 
 
 def _waits_out(trips: Sequence[float], forward: float) -> float:
