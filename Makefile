@@ -9,6 +9,7 @@ OLDEST := .venv-oldest
 quickstart: $(VENV)/installed
 	@$(BIN)/exactune quickstart $(ARGS)
 
+# Those that take minutes are left to CI (and to ARGS="-m 'not gpu'").
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
 
@@ -18,7 +19,7 @@ test-oldest: $(OLDEST)/installed
 
 # GGUF files are judged by llama.cpp, which is compiled on the first install: some minutes, and a C++ compiler.
 test-gguf: $(VENV)/installed-gguf
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 tests/export tests/evaluate $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m 'not gpu' tests/export tests/evaluate $(ARGS)
 
 check: $(VENV)/installed-check
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -36,6 +36,7 @@ def train(folder, method):
     return folder / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_from_a_run_to_files_for_ollama_in_one_command(tmp_path, method):
     run = train(tmp_path, method)

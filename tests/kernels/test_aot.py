@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# Minutes of one core, and more beside other tests.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+
 AOT = Path(__file__).parent / "aot.py"
 
 
