@@ -249,4 +249,4 @@ def _aot(E: int, allowed_spill: int) -> list[Aot]:
 
 
 # At 16k a thread holds 32 values of each operand: some spill, next to 32 KB of row that is worth reading only once.
-AOT = _aot(4096, allowed_spill=0) + _aot(16384, allowed_spill=768)
+AOT = _aot(4096, allowed_spill=0) + _aot(16384, allowed_spill=896)
