@@ -181,7 +181,7 @@ def main() -> None:
     from exactune.memory.allocator import let_segments_grow
 
     let_segments_grow()  # for the workers, which inherit it
-    from train import provenance
+    from report import provenance
 
     about, results, until = provenance(), [], time.time() + 60 * args.minutes
     print(f"{'':52} {'tokens/s':>9} {'ms':>9} {'predicted':>10} {'peak':>7} {'off':>7} {'reserved':>9} {'gap':>6}")

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from report import append_results, print_results, provenance, run_worker
+from report import run_kinds
+from steps import GIB, time_steps
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {
@@ -34,8 +34,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 ATTENTION = {"qwen3": "sdpa", "gpt_oss": "eager"}  # transformers has no sdpa with sinks
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 VOCABULARY = 4096
-WARM_UP = 3
-GIB = 2**30
 
 
 def arguments() -> argparse.Namespace:
@@ -50,6 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--checkpointing", type=int, default=0)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--timeout", type=float, default=120, help="seconds for one kind")
     parser.add_argument("--profile", help="write a table of the kernels of one step to this file (one kind)")
     parser.add_argument("--out", type=Path, help="append the results here, one JSON line each")
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
@@ -139,39 +138,9 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     run = (whole_step if args.part == "whole" else block_step)(model, args)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-4, fused=True)
-    times, losses = [], []
-
-    def step() -> None:
-        torch.cuda.synchronize()
-        start = time.time()
-        losses.append(run())
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        times.append(time.time() - start)
-
-    for i in range(args.steps + WARM_UP):
-        if i == WARM_UP:
-            torch.cuda.reset_peak_memory_stats()
-        step()
-    peak, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
-    if args.profile:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as profile:
-            step()
-        table = profile.key_averages().table(sort_by="cuda_time_total", row_limit=50, max_name_column_width=90)
-        Path(args.profile).write_text(f"{kind}: step {times[-1] * 1e3:.1f} ms\n{table}")
-    seconds = statistics.median(times[WARM_UP : WARM_UP + args.steps])
-    return {
-        "kind": kind,
-        "tokens_s": round(args.rows * args.tokens / seconds),
-        "ms": round(seconds * 1e3, 2),
-        "ms_all": [round(t * 1e3, 2) for t in times],
-        "peak_gib": round(peak, 2),
-        "reserved_gib": round(reserved, 2),
-        "weights_gib": round(sum(p.numel() * p.element_size() for p in model.parameters()) / GIB, 2),
-        "load_s": round(load_s, 1),
-        "losses": [round(loss.item(), 6) for loss in losses[: args.steps + WARM_UP]],
-    }
+    found = time_steps(run, optimizer, args.steps, args.rows * args.tokens, args.profile)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {"kind": kind, **found, "weights_gib": round(weights / GIB, 2), "load_s": round(load_s, 1)}
 
 
 def main() -> None:
@@ -179,14 +148,11 @@ def main() -> None:
     if args.worker:
         print(json.dumps(measure(args.worker, args)))
         return
-    results = [run_worker(kind) for kind in args.kinds]
     title = (
         f"{args.shape} {args.part} x{args.layers} {args.rows}x{args.tokens} LoRA on {args.adapters} r={args.rank} "
         f"checkpointing={args.checkpointing}"
     )
-    print_results(title, results)
-    if args.out:
-        append_results(args.out, results, title=title, **provenance())
+    run_kinds(title, args.kinds, args.out, timeout=args.timeout)
 
 
 if __name__ == "__main__":

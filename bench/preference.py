@@ -24,8 +24,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from report import append_results, print_results, provenance, run_worker
-from train import GIB, LINEARS, WARM_UP
+from report import run_kinds
+from steps import GIB, WARM_UP
+from train import LINEARS
 
 KINDS = ["trl", "unsloth", "exactune@lean", "exactune@auto"]
 WORDS = 2000
@@ -195,6 +196,7 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
         trainer.train()
     seconds = statistics.median(clock.times[WARM_UP:])
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    stock, first = stock_calls(kind, model), logged[0]["grad_norm"]
     if cuda:
         peak, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
     else:
@@ -211,7 +213,9 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
         "losses": [entry["loss"] for entry in logged],
         "grad_norms": [entry["grad_norm"] for entry in logged],
         "margins": [entry.get("rewards/margins") for entry in logged],
-        "stock_calls": stock_calls(kind, model),
+        "stock_calls": (stock := stock_calls(kind, model)),
+        "notes": [f"{count} calls ran stock: {why}" for why, count in stock.items()]
+        + [f"first gradient norm {logged[0]['grad_norm']:.6g}"],
     }
 
 
@@ -231,17 +235,7 @@ def main() -> None:
         return
     shape = f"{args.pairs} pairs x {args.tokens}"
     title = f"{args.method} {Path(args.model).name} {args.bits}-bit {shape} checkpointing={args.checkpointing} r={args.rank}"
-    results = []
-    for kind in args.kinds:
-        result = run_worker(kind, args.timeout)
-        notes = result.setdefault("notes", [])
-        notes += [f"{n} calls ran stock: {why}" for why, n in result.get("stock_calls", {}).items()]
-        notes += [f"first gradient norm {norm:.6g}" for norm in result.get("grad_norms", [])[:1]]
-        results.append(result)
-        print(f"{kind}: {result.get('error') or '{ms} ms, {peak_gib} GiB'.format(**result)}", flush=True)
-        if args.out:  # at once: what is measured is not lost with a later kind
-            append_results(args.out, results[-1:], title=title, **provenance())
-    print_results(title, results)
+    run_kinds(title, args.kinds, args.out, timeout=args.timeout)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ def run_worker(kind: str, timeout: float | None = None) -> dict[str, Any]:
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         return {"kind": kind, "error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300], "stderr": done.stderr[-3000:]}
-    return json.loads(lines[-1]) | {
-        "notes": [line for line in done.stderr.splitlines() if "attention," in line or line.startswith("plan: ")]
-    }
+    result = json.loads(lines[-1])
+    said = [line for line in done.stderr.splitlines() if "attention," in line or line.startswith("plan: ")]
+    return result | {"notes": said + result.get("notes", [])}
 
 
 def provenance() -> dict[str, Any]:
@@ -41,28 +41,38 @@ def provenance() -> dict[str, Any]:
     return {"gpu": gpu, "versions": versions, "commit": commit, "command": " ".join(sys.argv)}
 
 
-def print_results(title: str, results: list[dict[str, Any]], floor_ms: float | None = None) -> None:
-    """One line a kind; `loss diff` is the largest relative difference from the losses of the first kind that ran."""
-    reference = next((r["losses"] for r in results if "losses" in r), [])
-    print(f"\n{title}")
-    print(
-        f"{'':14} {'tokens/s':>9} {'ms':>8} {'peak GiB':>9} {'reserved':>9} {'loss diff':>10}" + (f" {'of floor':>9}" if floor_ms else "")
-    )
-    for r in results:
-        if "error" in r:
-            print(f"{r['kind']:14} {r['error']}")
-            print(r["stderr"], file=sys.stderr)
-            continue
-        diff = max(abs(a - b) / abs(b) for a, b in zip(r["losses"], reference))
-        share = f" {floor_ms / r['ms']:>9.1%}" if floor_ms else ""
-        print(f"{r['kind']:14} {r['tokens_s']:9} {r['ms']:8.1f} {r['peak_gib']:9.2f} {r['reserved_gib']:9.2f} {diff:10.1e}{share}")
-        for note in r["notes"]:
-            print(f"{'':14} {note}")
+def run_kinds(title: str, kinds: list[str], out: Path | None, *, timeout: float | None = None, floor_ms: float | None = None) -> None:
+    """Measure the kinds one after another, each printed and added to `out` at once: what is measured is not lost with a later kind.
+
+    `loss diff` is the largest relative difference from the losses of the first kind that ran.
+    """
+    about = {"title": title, **({"floor_ms": floor_ms} if floor_ms else {}), **provenance()}
+    of_floor = f" {'of floor':>9}" if floor_ms else ""
+    print(f"\n{title}" + (f"   floor {floor_ms:.1f} ms" if floor_ms else ""))
+    print(f"{'':14} {'tokens/s':>9} {'ms':>8} {'peak GiB':>9} {'reserved':>9} {'loss diff':>10}{of_floor}", flush=True)
+    reference: list[float] = []
+    for kind in kinds:
+        result = run_worker(kind, timeout)
+        reference = reference or result.get("losses", [])
+        print_result(result, reference, floor_ms)
+        if out:
+            append_result(out, result, about)
 
 
-def append_results(path: Path, results: list[dict[str, Any]], **about: Any) -> None:
-    """Each result as a JSON line at the end of `path`, with `about` it."""
+def print_result(result: dict[str, Any], reference: list[float], floor_ms: float | None) -> None:
+    """The line of one kind, with its notes under it; why it failed, if it did."""
+    if "error" in result:
+        print(f"{result['kind']:14} {result['error']}", flush=True)
+        print(result["stderr"], file=sys.stderr)
+        return
+    diff = max(abs(a - b) / abs(b) for a, b in zip(result["losses"], reference))
+    share = f" {floor_ms / result['ms']:>9.1%}" if floor_ms else ""
+    numbers = "{kind:14} {tokens_s:9} {ms:8.1f} {peak_gib:9.2f} {reserved_gib:9.2f}".format(**result)
+    print("\n".join([f"{numbers} {diff:10.1e}{share}", *(f"{'':14} {note}" for note in result["notes"])]), flush=True)
+
+
+def append_result(path: Path, result: dict[str, Any], about: dict[str, Any]) -> None:
+    """One result as a JSON line at the end of `path`, with what is said about it; not a failure's trace."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        for r in results:
-            file.write(json.dumps({**about, **{name: value for name, value in r.items() if name != "stderr"}}) + "\n")
+        file.write(json.dumps({**about, **{name: value for name, value in result.items() if name != "stderr"}}) + "\n")

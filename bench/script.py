@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from train import provenance
+from report import provenance
 
 WARM_UP = 80  # every length that comes has been seen, and recorded, by then
 

@@ -3,8 +3,8 @@
     python bench/train.py --model DIR --bits 16 --rows 4 --tokens 2048 --checkpointing 0 --kinds hf liger unsloth exactune --floor
 
 Prints tokens/s, milliseconds, peak allocated and reserved GiB, the largest relative difference of the losses from the first
-kind's, and with --floor the share of the measured floor (see floor.py). `--out FILE` appends one JSON line a kind, with GPU,
-versions, commit and command.
+kind's, and with --floor the share of the measured floor (see floor.py). `--out FILE` appends one JSON line a kind as soon as it is
+measured, with GPU, versions, commit and command; a kind that takes longer than `--timeout` seconds, loading included, is given up.
 Conditions: LoRA on all seven linears, the gradients' norm (read after the step, as trainers do), fused AdamW, bf16 autocast, three
 warm-up steps, median of the rest.
 """
@@ -14,16 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import time
 from pathlib import Path
 
-from report import append_results, print_results, provenance, run_worker
+from report import run_kinds, run_worker
+from steps import time_steps
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-WARM_UP = 3
-GIB = 2**30
 
 
 def arguments() -> argparse.Namespace:
@@ -36,6 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpointing", type=int, default=0)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for one kind")
     parser.add_argument("--floor", action="store_true", help="measure the floor of this shape too")
     parser.add_argument("--profile", help="write a table of the kernels of one step to this file (one kind)")
     parser.add_argument("--out", type=Path, help="append the results here, one JSON line each")
@@ -94,54 +93,18 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-4, fused=True)
     generator = torch.Generator(device="cuda").manual_seed(1)
-    times, losses, norms = [], [], []
+    norms = []
 
-    def step():
+    def run():
         ids = torch.randint(5, 128000, (args.rows, args.tokens), generator=generator, device="cuda")
-        torch.cuda.synchronize()
-        start = time.time()
         with torch.autocast("cuda", torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        times.append(time.time() - start)
-        losses.append(float(loss.detach()))
+        return loss
 
-    for i in range(args.steps + WARM_UP):
-        if i == WARM_UP:
-            torch.cuda.reset_peak_memory_stats()
-        step()
-    peak, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
-    if args.profile:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as profile:
-            step()
-        table = profile.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=90)
-        Path(args.profile).write_text(f"step {times[-1] * 1e3:.1f} ms, GPU busy {busy_ms(profile):.1f} ms\n{table}")
-    seconds = statistics.median(times[WARM_UP : WARM_UP + args.steps])
-    return {
-        "kind": kind,
-        "tokens_s": round(args.rows * args.tokens / seconds),
-        "ms": round(seconds * 1e3, 1),
-        "ms_all": [round(t * 1e3, 1) for t in times],
-        "peak_gib": round(peak, 2),
-        "reserved_gib": round(reserved, 2),
-        "load_s": round(load_s, 1),
-        "losses": [round(x, 6) for x in losses[: args.steps + WARM_UP]],
-        "grad_norms": [round(x.item(), 6) for x in norms[: args.steps + WARM_UP]],
-    }
-
-
-def busy_ms(profile) -> float:
-    """Milliseconds in which at least one kernel or copy was running."""
-    spans = sorted((e.time_range.start, e.time_range.end) for e in profile.events() if e.device_type.name == "CUDA")
-    total, reached = 0.0, 0.0
-    for start, end in spans:
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total / 1e3
+    found = time_steps(run, optimizer, args.steps, args.rows * args.tokens, args.profile)
+    return {"kind": kind, **found, "load_s": round(load_s, 1), "grad_norms": [round(x.item(), 6) for x in norms]}
 
 
 def floor_ms(args: argparse.Namespace) -> float:
@@ -162,13 +125,9 @@ def main() -> None:
     if args.worker:
         print(json.dumps(measure(args.worker, args)))
         return
-    floor = run_worker("floor").get("ms") if args.floor else None
-    results = [run_worker(kind) for kind in args.kinds]
+    floor = run_worker("floor", args.timeout).get("ms") if args.floor else None
     title = f"{Path(args.model).name} {args.bits}-bit {args.rows}x{args.tokens} checkpointing={args.checkpointing} r={args.rank}"
-    said = f"{title}   floor {floor:.1f} ms, {args.rows * args.tokens / floor * 1e3:.0f} tokens/s" if floor else title
-    print_results(said, results, floor)
-    if args.out:
-        append_results(args.out, results, title=title, floor_ms=floor, **provenance())
+    run_kinds(title, args.kinds, args.out, timeout=args.timeout, floor_ms=floor)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The plumbing of bench/preference.py on a tiny model: every kind that is here trains on the same pairs with the same losses."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
 BENCH = Path(__file__).parents[2] / "bench"
-MODULES = ("train", "preference", "report")
+MODULES = ("train", "preference", "report", "steps")
 
 
 @pytest.fixture
@@ -34,9 +35,25 @@ def test_stock_and_ours_measure_the_same_steps(method, kind, bench, workspace):
 
 
 def test_a_kind_that_does_not_end_is_given_up(bench, monkeypatch):
+    import report
+
     monkeypatch.setattr(sys, "argv", ["-c", "import time; time.sleep(60)"])
-    result = bench.run_worker("slow", timeout=0.5)
+    result = report.run_worker("slow", timeout=0.5)
     assert (result["kind"], result["error"]) == ("slow", "not done after 0.5 s")
+
+
+def test_each_result_is_kept_as_soon_as_it_is_measured(bench, monkeypatch, tmp_path, capsys):
+    import report
+
+    worker = "import sys, json; sys.exit('no such kind') if sys.argv[-1] == 'b' else print(json.dumps(RESULT))"
+    result = {"kind": "a", "tokens_s": 5, "ms": 1.0, "peak_gib": 2.0, "reserved_gib": 2.5, "losses": [2.0, 1.0], "notes": ["said"]}
+    monkeypatch.setattr(sys, "argv", ["-c", worker.replace("RESULT", repr(result))])
+    report.run_kinds("title", ["a", "b"], tmp_path / "out.jsonl", floor_ms=0.5)
+    kept = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(r["title"], r["kind"], r.get("error")) for r in kept] == [("title", "a", None), ("title", "b", "no such kind")]
+    assert kept[0]["losses"] == [2.0, 1.0] and kept[0]["versions"]["torch"] and "stderr" not in kept[1]
+    lines = capsys.readouterr().out.splitlines()
+    assert "50.0%" in lines[3] and lines[4].strip() == "said" and lines[5].split(maxsplit=1) == ["b", "no such kind"]
 
 
 def test_rows_have_exactly_the_tokens_asked_for(bench):
