@@ -213,9 +213,8 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
         "losses": [entry["loss"] for entry in logged],
         "grad_norms": [entry["grad_norm"] for entry in logged],
         "margins": [entry.get("rewards/margins") for entry in logged],
-        "stock_calls": (stock := stock_calls(kind, model)),
-        "notes": [f"{count} calls ran stock: {why}" for why, count in stock.items()]
-        + [f"first gradient norm {logged[0]['grad_norm']:.6g}"],
+        "stock_calls": stock,
+        "notes": [f"{count} calls ran stock: {why}" for why, count in stock.items()] + [f"first gradient norm {first:.6g}"],
     }
 
 
