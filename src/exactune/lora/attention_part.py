@@ -15,7 +15,8 @@ from torch import Tensor
 from exactune.kernels.attention import WITH_SINKS as BY_AUTOGRAD
 from exactune.kernels.attention_backends import Saved
 from exactune.lora import ops, output_gate
-from exactune.lora.group import Grads, NormedInput, Roomy, add_grad
+from exactune.lora.gradients import Grads, NormedInput
+from exactune.lora.group import Roomy
 from exactune.lora.kept import Kept
 from exactune.lora.parts import Attention, Batch
 from exactune.lora.rotation import normed_heads, normed_heads_back, turn, turn_back
@@ -189,11 +190,11 @@ def _group_backward(
     dws = turn_back(own, batch, dq, dk, dv, q_raw, k_raw, out=block)
     for norm, dw in zip((attention.q_norm, attention.k_norm, attention.v_norm), (*dws, dwv)):
         if norm is not None and dw is not None and norm.weight.requires_grad:
-            add_grad(grads, norm.weight, dw)
+            grads.add(norm.weight, dw)
     if attention.sinks is not None and attention.sinks.requires_grad:
         whole = torch.zeros_like(attention.sinks, dtype=dsinks[0].dtype)
         whole[group.q] = dsinks[0]
-        add_grad(grads, attention.sinks, whole)
+        grads.add(attention.sinks, whole)
     if not direct:
         into = _heads(attention, batch, dpacked.buffer)
         for columns_of, part, place in zip(into, _heads(own, batch, block), (group.q, group.k, group.k)):

@@ -10,8 +10,8 @@ which is only R wide); xn, sn and h are cheap and never kept. A policy (`exactun
 host memory. Everything but attention itself goes over tiles of the rows (`Batch.tiles`, one tile unless told otherwise), so that g, u
 and their gradients exist a tile at a time.
 
-The adapters' gradients need xn only through P'ᵀ xn, which the norm's saved 1/rms turns into a product with x itself (`group.NormedInput`).
-What was made again, or fetched, belongs to this backward alone: its memory takes the gradients.
+The adapters' gradients need xn only through P'ᵀ xn, which the norm's saved 1/rms turns into a product with x itself
+(`gradients.NormedInput`). What was made again, or fetched, belongs to this backward alone: its memory takes the gradients.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from exactune.lora import attention_part, mlp_part, ops
-from exactune.lora.gradients import FEW_ROWS
-from exactune.lora.group import Grads, NormedInput, Roomy, add_grad, filled_once
+from exactune.lora.gradients import FEW_ROWS, Grads, NormedInput
+from exactune.lora.group import Roomy, filled_once
 from exactune.lora.kept import AFTER_ATTENTION, DROPPED, TENSORS, Kept
 from exactune.lora.parts import Batch, Layer, Norm
 from exactune.memory.offload import HostStore, Luggage
@@ -101,7 +101,7 @@ def _norm_backward(
     """dx of a norm, plus `dres`, the gradient that goes past it; records the weight's gradient if it is trained."""
     dx, dw = ops.rms_norm_backward(dy, x, norm, rstd, dres=dres, out=out)
     if dw is not None:
-        add_grad(grads, norm.weight, dw)
+        grads.add(norm.weight, dw)
     return dx
 
 
@@ -207,11 +207,7 @@ class DecoderLayerFunction(torch.autograd.Function):
         kept = Kept.of(ctx.saved_tensors, ctx.attention)
         with torch.autocast(dy.device.type, enabled=False):  # a backward inside an autocast block must not be cast a second time
             dx, grads = backward(ctx.layer, ctx.batch, kept, ctx.policy, dy, need_dx=ctx.needs_input_grad[4])
-        return None, None, None, None, dx, *(_as(grads.get(p), p) for p in ctx.trained)
-
-
-def _as(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
-    return None if grad is None else grad.to(parameter.dtype)
+        return None, None, None, None, dx, *grads.of(ctx.trained)
 
 
 def run_layer(layer: Layer, batch: Batch, x: Tensor, policy: Policy, store: HostStore | None = None) -> Tensor:

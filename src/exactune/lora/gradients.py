@@ -62,6 +62,10 @@ class Grads(dict[Tensor, Tensor]):
         if not self.together:
             self.settle()
 
+    def of(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradient of each parameter in its own dtype; None where there is none."""
+        return [self[p].to(p.dtype) if p in self else None for p in parameters]
+
     def settle(self) -> Grads:
         """Compute what waits; returns itself."""
         products = [product for product, _ in self._waiting]
@@ -72,8 +76,3 @@ class Grads(dict[Tensor, Tensor]):
                 row += parameter.shape[0]
         self._waiting.clear()
         return self
-
-
-def add_grad(grads: Grads, parameter: Tensor, grad: Tensor) -> None:
-    """`grads.add`."""
-    grads.add(parameter, grad)

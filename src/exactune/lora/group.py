@@ -23,11 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from exactune.lora import ops
-from exactune.lora.gradients import Grads, NormedInput, RankProduct, add_grad
+from exactune.lora.gradients import Grads, NormedInput, RankProduct
 from exactune.lora.live import Projection, read_projection
 from exactune.lora.stacked import Scratch, StackedWeight
-
-__all__ = ["Grads", "Group", "NormedInput", "Roomy", "add_grad", "filled_once"]  # some are found here by the parts
 
 
 class Roomy:

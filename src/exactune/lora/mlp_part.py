@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from exactune.lora import ops
-from exactune.lora.group import Grads, NormedInput, Roomy
+from exactune.lora.gradients import Grads, NormedInput
+from exactune.lora.group import Roomy
 from exactune.lora.parts import Mlp
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def project(mlp: Mlp, sn: Roomy) -> tuple[Tensor, Tensor]:
     """(gate and up side by side [N, >= 2F], with room behind them for the backward, and P [N, R])."""
     gate_up = Roomy(sn.all.shape[0], 2 * mlp.inner, mlp.gate_up.rank, like=sn.all)
     mlp.gate_up.forward(sn, out=gate_up)
-    _by_gate_factor(mlp, gate_up.data)
+    by_gate_factor(mlp, gate_up.data)
     return gate_up.buffer, sn.room.clone()
 
 
@@ -39,11 +40,12 @@ def forward(mlp: Mlp, sn: Roomy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return m, gate_up, p_gate_up, h.room.clone()
 
 
-def _halves(mlp: Mlp, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def halves(mlp: Mlp, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gate's columns and up's, [N, F] each, of [N, >= 2F]."""
     return gate_up[:, : mlp.inner], gate_up[:, mlp.inner : 2 * mlp.inner]
 
 
-def _by_gate_factor(mlp: Mlp, columns: Tensor) -> None:
+def by_gate_factor(mlp: Mlp, columns: Tensor) -> None:
     """Multiply what belongs to the gate, in place: the first F of 2F columns."""
     if mlp.gate_factor != 1.0:
         columns[:, : mlp.inner].mul_(mlp.gate_factor)
@@ -51,7 +53,7 @@ def _by_gate_factor(mlp: Mlp, columns: Tensor) -> None:
 
 def _activate(mlp: Mlp, gate_up: Tensor) -> Roomy:
     h = Roomy(gate_up.shape[0], mlp.inner, mlp.down.rank, like=gate_up)
-    ops.gated_forward(*_halves(mlp, gate_up), mlp.activation, out=h.data)
+    ops.gated_forward(*halves(mlp, gate_up), mlp.activation, out=h.data)
     return h
 
 
@@ -68,7 +70,7 @@ def backward(mlp: Mlp, sn: Tensor | NormedInput, kept: Kept, dm: Roomy, grads: G
     else:
         db = None
         _activation_backward(mlp, kept, dh, dm, dgu, grads)
-    _by_gate_factor(mlp, dgu.data)
+    by_gate_factor(mlp, dgu.data)
     del dh  # [N, F], before another product is formed
     dsn = mlp.gate_up.backward_input(dgu)
     mlp.gate_up.record(grads, dgu.data, kept.p_gate_up, dgu.room, sn, db=db)
@@ -77,8 +79,8 @@ def backward(mlp: Mlp, sn: Tensor | NormedInput, kept: Kept, dm: Roomy, grads: G
 
 def _activation_backward_with_adapters(mlp: Mlp, kept: Kept, dh: Tensor, dm: Roomy, dgu: Roomy, grads: Grads) -> list[Tensor]:
     """Fill `dgu`; record down's adapter; return dyᵀ P of the gate/up group's projections."""
-    gate, up = _halves(mlp, kept.gate_up)
-    dgate, dup = _halves(mlp, dgu.data)
+    gate, up = halves(mlp, kept.gate_up)
+    dgate, dup = halves(mlp, dgu.data)
     ranks = mlp.gate_up.stack.ranks
     split = len(ranks) == 2
     p_gate = kept.p_gate_up[:, : ranks[0]]
@@ -94,8 +96,8 @@ def _activation_backward_with_adapters(mlp: Mlp, kept: Kept, dh: Tensor, dm: Roo
 
 def _activation_backward(mlp: Mlp, kept: Kept, dh: Tensor, dm: Roomy, dgu: Roomy, grads: Grads) -> None:
     """The same one product at a time, for groups without adapters, with dropout or with trained base weights."""
-    gate, up = _halves(mlp, kept.gate_up)
-    dgate, dup = _halves(mlp, dgu.data)
+    gate, up = halves(mlp, kept.gate_up)
+    dgate, dup = halves(mlp, dgu.data)
     h = torch.empty_like(dh)
     ops.gated_backward(dh, gate, up, mlp.activation, dgate_out=dgate, dup_out=dup, h_out=h)
     mlp.down.record(grads, dm.data, kept.p_down, dm.room, h)

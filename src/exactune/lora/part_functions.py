@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from exactune.lora import attention_part, mlp_part, plain_mlp
-from exactune.lora.group import Grads, Group, Roomy
+from exactune.lora.gradients import Grads
+from exactune.lora.group import Group, Roomy
 from exactune.lora.kept import Kept
 from exactune.lora.parts import Attention, Batch, Mlp
 from exactune.lora.plain_mlp import KeptPlain, PlainMlp
@@ -31,10 +32,6 @@ def trained_in(part: Attention | Mlp | PlainMlp) -> list[Tensor]:
     if isinstance(part, Attention):
         found += [norm.weight for norm in part.norms() if norm.weight is not None] + ([part.sinks] if part.sinks is not None else [])
     return found
-
-
-def _collected(ctx: Any, grads: Grads) -> list[Tensor | None]:
-    return [grads[p].to(p.dtype) if p in grads else None for p in ctx.trained]
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -58,7 +55,7 @@ class AttentionFunction(torch.autograd.Function):
         with torch.autocast(da.device.type, enabled=False):
             room = _with_room(da, ctx.attention.out.rank)
             dx = attention_part.backward(ctx.attention, kept.x, ctx.batch, kept, room, grads, need_dx=ctx.needs_input_grad[2])
-        return None, None, dx, *_collected(ctx, grads)
+        return None, None, dx, *grads.of(ctx.trained)
 
 
 class MlpFunction(torch.autograd.Function):
@@ -80,7 +77,7 @@ class MlpFunction(torch.autograd.Function):
         with torch.autocast(dm.device.type, enabled=False):
             dm = dm if ctx.mlp.factor == 1.0 else dm * ctx.mlp.factor
             dx = mlp_part.backward(ctx.mlp, kept.s, kept, _with_room(dm, ctx.mlp.down.rank), grads)
-        return None, dx, *_collected(ctx, grads)
+        return None, dx, *grads.of(ctx.trained)
 
 
 class PlainMlpFunction(torch.autograd.Function):
@@ -100,7 +97,7 @@ class PlainMlpFunction(torch.autograd.Function):
         grads = Grads()
         with torch.autocast(dm.device.type, enabled=False):
             dx = plain_mlp.backward(ctx.mlp, x, KeptPlain(*kept), _with_room(dm, ctx.mlp.down.rank), grads)
-        return None, dx, *_collected(ctx, grads)
+        return None, dx, *grads.of(ctx.trained)
 
 
 class ProjectionFunction(torch.autograd.Function):
@@ -123,4 +120,4 @@ class ProjectionFunction(torch.autograd.Function):
             room = _with_room(dy, ctx.group.rank)
             dx = ctx.group.backward_input(room) if ctx.needs_input_grad[1] else ctx.group.backward_rank(room)
             ctx.group.record(grads, room.data, p, room.room, x)
-        return None, dx, *_collected(ctx, grads)
+        return None, dx, *grads.of(ctx.trained)

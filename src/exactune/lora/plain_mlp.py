@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from exactune.lora import ops
-from exactune.lora.group import Grads, Group, NormedInput, Roomy
+from exactune.lora.gradients import Grads, NormedInput
+from exactune.lora.group import Group, Roomy
 from exactune.lora.live import Unreadable
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

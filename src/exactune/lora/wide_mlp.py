@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from exactune.kernels.reference.gated import gated
 from exactune.lora import mlp_part, ops
-from exactune.lora.group import Grads, Roomy
+from exactune.lora.gradients import Grads
+from exactune.lora.group import Roomy
 from exactune.lora.parts import Mlp
 
 LIMIT = 256.0  # of h / s: room for the sums of a product, and for √s times as much
@@ -46,7 +47,7 @@ class WideMlpFunction(torch.autograd.Function):
     def forward(ctx: Any, mlp: Mlp, x: Tensor, *trained: Tensor) -> Tensor:
         room = _with_room(x, mlp.gate_up.rank)
         gate_up, p_gate_up = mlp_part.project(mlp, room)
-        gate, up = gate_up[:, : mlp.inner], gate_up[:, mlp.inner : 2 * mlp.inner]
+        gate, up = mlp_part.halves(mlp, gate_up)
         root = row_root(gate, up)
         h = _with_room(gated(gate.float(), up.float(), mlp.activation) / root.square(), mlp.down.rank)
         m = mlp.down.forward(h)
@@ -60,19 +61,18 @@ class WideMlpFunction(torch.autograd.Function):
         mlp, grads = ctx.mlp, Grads()
         with torch.autocast(dm.device.type, enabled=False):
             dx = _backward(mlp, dm * mlp.factor, ctx.saved_tensors, grads)
-        return None, dx, *(grads[p].to(p.dtype) if p in grads else None for p in ctx.trained)
+        return None, dx, *grads.of(ctx.trained)
 
 
 def _backward(mlp: Mlp, dm: Tensor, saved: tuple[Tensor, ...], grads: Grads) -> Tensor:
     x, gate_up, p_gate_up, p_down, root = saved
-    gate, up = gate_up[:, : mlp.inner].float(), gate_up[:, mlp.inner : 2 * mlp.inner].float()
+    gate, up = (half.float() for half in mlp_part.halves(mlp, gate_up))
     down = _with_room(dm, mlp.down.rank)
     dh = mlp.down.backward_input(down).float()
-    half = torch.float16
-    h = (gated(gate, up, mlp.activation) / root).to(half)
-    mlp.down.record(grads, (dm * root).to(half), (p_down * root).to(half), (down.room * root).to(half), h)
+    h = (gated(gate, up, mlp.activation) / root).half()
+    mlp.down.record(grads, (dm * root).half(), (p_down * root).half(), (down.room * root).half(), h)
     inner = torch.cat(ops.gradients(lambda g, u: gated(g, u, mlp.activation), (gate, up), (dh,)), 1)
-    inner[:, : mlp.inner] *= mlp.gate_factor
+    mlp_part.by_gate_factor(mlp, inner)
     dgu = _with_room(inner, mlp.gate_up.rank)
     dx = mlp.gate_up.backward_input(dgu)
     mlp.gate_up.record(grads, dgu.data, p_gate_up, dgu.room, x)
