@@ -3,7 +3,7 @@
     python bench/ops_moe.py --shape qwen3
     python bench/ops_moe.py --shape gpt_oss --tokens 8192
 
-The shapes are moe.py's. `kernels.grouped_mm.library_product` chooses by what is found here.
+The shapes are make_random_moe.py's. `kernels.grouped_mm.library_product` chooses by what is found here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from exactune.kernels.grouped_outer import grouped_outer
 from exactune.kernels.grouped_rows import combine, gather, routed_gated_backward
 from exactune.kernels.reference.gated import GateKind
 from exactune.kernels.routing import Routing, route
-from moe import SHAPES
+from make_random_moe import SHAPES
 from timing import report
 
 RANK = 16
