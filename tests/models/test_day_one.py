@@ -280,6 +280,7 @@ def test_norms_that_widen_under_autocast_are_fused_and_so_is_what_reads_them():
     model = novel_model()
     for block in model.get_base_model().model.blocks:
         block.before = WideUnderAutocast(64)
+    model.get_base_model().model.last = WideUnderAutocast(64)  # what the head reads is then float32, too
     model = model.to(torch.bfloat16)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.float() if "lora_" in name else parameter.data

@@ -39,6 +39,11 @@ class Head:
     softcap: float | None
     scale: float
 
+    def as_read(self, hidden: Tensor) -> Tensor:
+        """The hidden states as the head multiplies them: a last norm may give float32, under autocast or always."""
+        dtype = self.module.weight.dtype
+        return hidden.to(dtype) if hidden.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16) else hidden
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The whole logits `[..., V]`, through the module itself."""
         logits = self.module(hidden)
@@ -160,7 +165,7 @@ class CausalForward:
                 return CausalLMOutput(loss=found[0], logits=Deferred(lambda: self._logits(kwargs)))  # type: ignore[arg-type]
         valid = ValidRows(shifted.reshape(-1))  # asked now, so that the answer is there when the head needs it
         outputs = self.decoder(**kwargs)
-        hidden = outputs.last_hidden_state
+        hidden = self.head.as_read(outputs.last_hidden_state)
         found = self._head(hidden, shifted, fused, request, num_items, Rows(valid))
         rest = {name: getattr(outputs, name, None) for name in ("hidden_states", "attentions", "past_key_values")}
         if request:
@@ -173,15 +178,15 @@ class CausalForward:
         """(loss,), or (log-probability, entropy, whether the label came first) of each position `[B, T]`."""
         flat, targets = hidden.reshape(-1, hidden.shape[-1]), shifted.reshape(-1)
         weights, terms = fused
+        if self.shared.tiling.logits:  # a memory plan holds fewer of them at a time
+            each = chunk_rows(targets.numel(), weights.weight.shape[0], hidden.element_size(), self.shared.tiling.logits)
+            rows = replace(rows, chunk=each)
         with torch.autocast(hidden.device.type, enabled=False):
             if request:
                 terms = replace(terms, logit_scale=terms.logit_scale / request.temperature)
                 found = token_logprobs(flat, weights, targets, terms, rows=rows)
                 mean = (_mean_logits(flat, weights, terms.logit_scale),) if request.mean_logits else ()
                 return tuple(t.view(shifted.shape) for t in (*found, *mean))
-            if self.shared.tiling.logits:  # a memory plan holds fewer of them at a time
-                each = chunk_rows(targets.numel(), weights.weight.shape[0], hidden.element_size(), self.shared.tiling.logits)
-                rows = replace(rows, chunk=each)
             loss = linear_cross_entropy(flat, weights, targets, terms, rows=rows, num_items_in_batch=num_items)
         assert isinstance(loss, Tensor)
         return (loss,)
@@ -215,10 +220,10 @@ class CausalForward:
 
         def compute(inputs: Inputs) -> tuple[Tensor, ...]:
             mask = causal_mask(inputs.get("cu_seqlens"), longest or None)
-            hidden = self.decoder(
+            outputs = self.decoder(
                 input_ids=inputs["input_ids"], attention_mask=mask, position_ids=inputs.get("position_ids"), use_cache=False
-            ).last_hidden_state
-            num_items = inputs.get("num_items")
+            )
+            hidden, num_items = self.head.as_read(outputs.last_hidden_state), inputs.get("num_items")
             return self._head(hidden, inputs["shifted"], fused, request, num_items, Rows(static_shapes=True))
 
         kind = (request, self.shared.recompute, self.shared.deterministic, self.shared.tiling, longest, self._policies())
@@ -231,7 +236,7 @@ class CausalForward:
             self.passes.clear()
             self.passes = None  # they would be read at every step
         try:
-            return self.head.logits(self.decoder(**kwargs).last_hidden_state)
+            return self.head.logits(self.head.as_read(self.decoder(**kwargs).last_hidden_state))
         finally:
             self.shared.release()
 

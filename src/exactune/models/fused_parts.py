@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from exactune.models.anatomy.watch import split_activation
 from exactune.models.fused_layer import Shared, as_multiplied, bind_part, packed_rows, stock_mask
 
 
-class FusedPart:
+class FusedPart(ABC):
     """Replaces the `forward` of one module instance; subclasses say what is computed."""
 
     def __init__(self, module: Any, shared: Shared):
@@ -40,13 +41,13 @@ class FusedPart:
         """The module's own forward."""
         return type(self.module).forward(self.module, *args, **kwargs)
 
+    @abstractmethod
     def strict(self, *args: Any, **kwargs: Any) -> Any:
         """The fused forward and nothing else.
 
         Raises:
             Unreadable: this call has to run stock; the message says why.
         """
-        raise NotImplementedError
 
     def groups(self) -> list[Group]:
         """The groups of projections whose weights this part may have moved."""
@@ -105,13 +106,16 @@ class FusedExperts(FusedPart):
         call = routed(*split_activation(args, kwargs))
         if call is None:
             raise Unreadable("experts called in a way of their own")
-        x = call.x
-        if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype:
-            raise Unreadable("autocast to another dtype than the activations'")
+        x, device = call.x, call.x.device.type
+        if torch.is_autocast_enabled(device):
+            if x.dtype not in (torch.float32, torch.get_autocast_dtype(device)):
+                raise Unreadable("autocast to another dtype than the activations'")
+            x = x.to(torch.get_autocast_dtype(device))
         experts = self.experts.bound(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             rows = x.reshape(-1, x.shape[-1])
-            return ExpertsFunction.apply(experts, rows, call.index, call.weights, *experts.trained()).view(x.shape)
+            y = ExpertsFunction.apply(experts, rows, call.index, call.weights, *experts.trained())
+        return y.view(x.shape).to(call.x.dtype)
 
 
 class FusedProjection(FusedPart):

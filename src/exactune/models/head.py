@@ -43,13 +43,14 @@ def read_head(base: Any, decoder: Any) -> tuple[Head | None, str]:
         return None, OWN_WAY
     if not _usual_loss(logits, ids, stock.loss):
         return None, "a loss of its own"
-    raw = module(hidden[-1])
+    read = Head(module, None, 1.0).as_read(hidden[-1])
+    raw = module(read)
     if raw.shape != logits.shape:
         return None, OWN_WAY
     softcaps = [v for k, v in vars(config).items() if "softcap" in k and "attn" not in k and isinstance(v, float)]
     for softcap in (None, *softcaps):
         for scale in _scales(config, raw.float(), logits.float()):
             head = Head(module, softcap, scale)
-            if torch.allclose(head.logits(hidden[-1]).float(), logits.float(), rtol=4 * torch.finfo(logits.dtype).eps, atol=1e-6):
+            if torch.allclose(head.logits(read).float(), logits.float(), rtol=4 * torch.finfo(logits.dtype).eps, atol=1e-6):
                 return head, ""
     return None, OWN_WAY
