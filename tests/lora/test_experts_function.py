@@ -116,13 +116,15 @@ def test_every_weight_has_its_gradient_when_all_are_trained(is_transposed, bias)
     assert_same(step(fast(experts_in(model)), trained), step(model, trained))
 
 
-def test_the_same_through_the_kernels(monkeypatch):
-    model = model_of(is_transposed=True)
+@pytest.mark.parametrize("is_transposed, kind, interleaved", [(False, "swiglu", False), (True, "clamped_swiglu", True)])
+def test_the_same_through_the_kernels(monkeypatch, is_transposed, kind, interleaved):
+    """As Qwen3 stores and computes them, and as gpt-oss does; both with biases."""
+    model = model_of(is_transposed=is_transposed)
     monkeypatch.setattr("exactune.lora.experts_ops.kernels_run_on", lambda device: True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    stock = step(lambda *a: model(*a, kind="clamped_swiglu"), [p for p in model.parameters() if p.requires_grad])
+    stock = step(lambda *a: model(*a, kind=kind, interleaved=interleaved), [p for p in model.parameters() if p.requires_grad])
     model = model.float().to(device)
-    experts, trained = experts_in(model, "clamped_swiglu"), [p for p in model.parameters() if p.requires_grad]
+    experts, trained = experts_in(model, kind, interleaved), [p for p in model.parameters() if p.requires_grad]
 
     def run(x, index, weights):
         return fast(experts)(x.float().to(device), index.to(device), weights.float().to(device)).double().cpu()
@@ -131,8 +133,9 @@ def test_the_same_through_the_kernels(monkeypatch):
         torch.testing.assert_close(found.double().cpu(), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_adapters_are_read_as_peft_has_them_now():
-    model = model_of()
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_adapters_are_read_as_peft_has_them_now(is_transposed):
+    model = model_of(is_transposed=is_transposed)
     model.add_adapter("second", LoraConfig(r=2, lora_alpha=2, target_modules=[], target_parameters=BOTH))
     experts = experts_in(model)
     for change in (

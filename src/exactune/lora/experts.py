@@ -17,9 +17,8 @@ from torch import Tensor
 from exactune.kernels.reference.gated import GateKind
 from exactune.kernels.routing import Routing
 from exactune.lora import experts_ops as ops
+from exactune.lora.gradients import Grads
 from exactune.lora.live import Unreadable
-
-Gradients = dict[Tensor, Tensor]  # parameter -> its gradient, of one pass
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,10 @@ class ExpertAdapter:
         b = self.lora_b.detach().view(self.lora_b.shape[0], -1, experts).permute(2, 0, 1)
         return a, (b * self.scale).to(dtype).contiguous()
 
-    def record(self, grads: Gradients, da: Tensor, db: Tensor) -> None:
+    def record(self, grads: Grads, da: Tensor, db: Tensor) -> None:
         """Note the gradients of A, [E, R, in], and of s·B, [E, out, R], in PEFT's shapes."""
-        grads[self.lora_a] = da.reshape(self.lora_a.shape)
-        grads[self.lora_b] = (db * self.scale).permute(1, 2, 0).reshape(self.lora_b.shape)
+        grads.add(self.lora_a, da.reshape(self.lora_a.shape))
+        grads.add(self.lora_b, (db * self.scale).permute(1, 2, 0).reshape(self.lora_b.shape))
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class ExpertLinear:
         p = ops.grouped_mm(dy, self.b, routing.offsets, rows=rows)
         return ops.grouped_mm(dy, weight, routing.offsets, rows=rows, p=p, b=self.a), p
 
-    def record(self, grads: Gradients, x: Side, dy: Side, routing: Routing, scale: Tensor | None = None) -> None:
+    def record(self, grads: Grads, x: Side, dy: Side, routing: Routing, scale: Tensor | None = None) -> None:
         """Note the gradients of what is trained here; each slot counts `scale` [S] times."""
         if self.adapter is not None:
             assert x.ranks is not None and dy.ranks is not None
@@ -115,10 +114,11 @@ class ExpertLinear:
         if isinstance(self.parameter, Tensor) and self.parameter.requires_grad:
             left, right = (x, dy) if self.transposed else (dy, x)
             options = {"a_rows": left.rows, "b_rows": right.rows, "scale": scale, "dtype": self.parameter.dtype}
-            grads[self.parameter] = ops.grouped_outer(left.values, right.values, routing.offsets, **options)
+            grads.add(self.parameter, ops.grouped_outer(left.values, right.values, routing.offsets, **options))
         if self.bias is not None and self.bias.requires_grad:
             ones = dy.values.new_ones(routing.rows.shape[0], 1)
-            grads[self.bias] = ops.grouped_outer(dy.values, ones, routing.offsets, a_rows=dy.rows, scale=scale).squeeze(2)
+            db = ops.grouped_outer(dy.values, ones, routing.offsets, a_rows=dy.rows, scale=scale)
+            grads.add(self.bias, db.squeeze(2))
 
 
 @dataclass(frozen=True)

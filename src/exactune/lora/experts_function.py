@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from exactune.kernels.routing import Routing, route
 from exactune.lora import experts_ops as ops
-from exactune.lora.experts import Experts, Gradients, Side
+from exactune.lora.experts import Experts, Side
+from exactune.lora.gradients import Grads
 
 
 class ExpertsFunction(torch.autograd.Function):
@@ -46,19 +47,18 @@ class ExpertsFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple:
         x, index, weights, both, p, p_down, *parts = ctx.saved_tensors
-        grads: Gradients = {}
+        grads = Grads()
         with torch.autocast(dout.device.type, enabled=False):
             routing = Routing(*parts)
             dout = dout.contiguous()
             dboth, dw = _through_down(ctx.experts, routing, weights, both, p_down, dout, grads)
             dw = _with_bias(ctx.experts, dw[routing.slots.long()], dout, index)
             dx = _through_gate_up(ctx.experts, routing, x, dboth, p, grads, need_dx=ctx.needs_input_grad[1])
-        collected = [grads[t].to(t.dtype) if t in grads else None for t in ctx.trained]
-        return None, dx, None, dw.to(weights.dtype) if ctx.needs_input_grad[3] else None, *collected
+        return None, dx, None, dw.to(weights.dtype) if ctx.needs_input_grad[3] else None, *grads.of(ctx.trained)
 
 
 def _through_down(
-    experts: Experts, routing: Routing, weights: Tensor, both: Tensor, p_down: Tensor | None, dout: Tensor, grads: Gradients
+    experts: Experts, routing: Routing, weights: Tensor, both: Tensor, p_down: Tensor | None, dout: Tensor, grads: Grads
 ) -> tuple[Tensor, Tensor]:
     """(gradient of gate and up [S, 2F], that of each slot's routing weight [S]); records down's own."""
     dh, p_back = experts.down.backward(dout, routing, routing.rows)
@@ -71,7 +71,7 @@ def _through_down(
 
 
 def _through_gate_up(
-    experts: Experts, routing: Routing, x: Tensor, dboth: Tensor, p: Tensor | None, grads: Gradients, *, need_dx: bool
+    experts: Experts, routing: Routing, x: Tensor, dboth: Tensor, p: Tensor | None, grads: Grads, *, need_dx: bool
 ) -> Tensor | None:
     """dx [N, E], where it is needed; records the gradients of gate and up."""
     dx = None
