@@ -50,9 +50,9 @@ def load(setting: dict):
 def planned(model, setting: dict):
     """The plan of a setting, in force: the policy that it names, or the fastest plan for its budget."""
     from exactune.memory.budget import parse_bytes
-    from exactune.memory.mends import too_large
+    from exactune.memory.mends import chosen
     from exactune.memory.phases import Step
-    from exactune.memory.plan import Plan, choose
+    from exactune.memory.plan import Plan
     from exactune.memory.policy import policies
     from exactune.memory.shape import Shape
     from exactune.models.memory import apply_plan, job_of
@@ -64,10 +64,7 @@ def planned(model, setting: dict):
     if setting["policy"]:
         plan = Plan(step, (policies()[setting["policy"]],) * step.shape.layers)
     else:
-        budget, host = parse_bytes(setting["gib"]), parse_bytes(setting["host"])
-        plan = choose(step, budget, host)
-        if plan is None:
-            raise too_large(step, budget, host)
+        plan = chosen(step, parse_bytes(setting["gib"]), parse_bytes(setting["host"]))
     apply_plan(model, plan)
     return plan
 

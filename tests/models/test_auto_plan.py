@@ -37,11 +37,11 @@ def size_of(model):
 def choose_always(monkeypatch, *names):
     made = []
 
-    def choose(step, *_):
+    def chosen(step, *_):
         made.append((step.rows, step.tokens))
         return Plan(step, tuple(policies()[name] for name in names))
 
-    monkeypatch.setattr(auto_plan, "choose", choose)
+    monkeypatch.setattr(auto_plan, "chosen", chosen)
     return made
 
 

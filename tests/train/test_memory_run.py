@@ -46,7 +46,7 @@ def assert_same_bits(a, b):
 
 def choose_always(monkeypatch, *names):
     """Have the layers' policies chosen by name instead of by a budget; tiny models fit any."""
-    monkeypatch.setattr(auto_plan, "choose", lambda step, *_: Plan(step, tuple(policies()[name] for name in names)))
+    monkeypatch.setattr(auto_plan, "chosen", lambda step, *_: Plan(step, tuple(policies()[name] for name in names)))
 
 
 def test_the_plan_is_written_and_told(short):

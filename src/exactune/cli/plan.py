@@ -34,20 +34,17 @@ def plan(
     Shows what each part takes, the fastest mix of policies that fits, the longest row and the largest batch.
     """
     from exactune.memory.budget import device_budget, host_budget
-    from exactune.memory.mends import too_large
-    from exactune.memory.plan import choose
+    from exactune.memory.mends import chosen
 
     given = {"model": model, "seq": seq, "batch": batch, "method": method, "r": r, "optim": optim}
     run = _settings(config)
     step = _step(run, {name: value for name, value in given.items() if value is not None})
     budget, beside = device_budget(gpu or run.get("memory_budget")), host_budget(host)
-    chosen = choose(step, budget, beside)
-    if chosen is None:
-        raise too_large(step, budget, beside)
+    found = chosen(step, budget, beside)
     if as_json:
-        typer.echo(json.dumps(chosen.as_dict() | {"budget_bytes": budget, "host_budget_bytes": beside}, indent=2))
+        typer.echo(json.dumps(found.as_dict() | {"budget_bytes": budget, "host_budget_bytes": beside}, indent=2))
     else:
-        _show(chosen, budget, beside)
+        _show(found, budget, beside)
 
 
 def _settings(config: Path | None) -> dict[str, Any]:

@@ -63,6 +63,18 @@ def _smaller(step: Step, budget: int, host: int | None) -> Iterator[tuple[str, S
         yield f"max_seq_length {tokens}", replace(step, tokens=tokens), step.tokens / tokens - 1
 
 
+def chosen(step: Step, budget: int, host: int | None = None) -> Plan:
+    """The fastest plan for `step` within `budget` bytes of the device and `host` bytes beside it (see `exactune.memory.plan.choose`).
+
+    Raises:
+        DeviceError: no plan fits; the message lists the nearest changes that do.
+    """
+    plan = choose(step, budget, host)
+    if plan is None:
+        raise too_large(step, budget, host)
+    return plan
+
+
 def too_large(step: Step, budget: int, host: int | None = None) -> DeviceError:
     """The error for a step that does not fit under any plan."""
     best = leanest(step)

@@ -15,9 +15,9 @@ import torch
 
 from exactune.errors import ConfigError
 from exactune.memory.budget import device_budget, host_budget
-from exactune.memory.mends import too_large
+from exactune.memory.mends import chosen
 from exactune.memory.phases import Step
-from exactune.memory.plan import GIB, Plan, choose
+from exactune.memory.plan import GIB, Plan
 from exactune.memory.policy import OFFLOAD, WHOLE
 from exactune.memory.shape import Shape
 from exactune.models.memory import apply_choices, apply_policies, fused_layers, job_of
@@ -69,11 +69,8 @@ class AutoPlan:
             ConfigError: an architecture or an optimizer that is not planned for.
         """
         self._job |= job
-        step, host = self.step(model, rows, tokens), self.host_bytes(model)
-        budget = self.budget_bytes(step)
-        plan = choose(step, budget, host)
-        if plan is None:
-            raise too_large(step, budget, host)
+        step = self.step(model, rows, tokens)
+        plan = chosen(step, self.budget_bytes(step), self.host_bytes(model))
         self.put(model, plan)
         return plan
 

@@ -11,10 +11,10 @@ from exactune.lora.live import is_nf4
 from exactune.memory.allocator import segments_grow
 from exactune.memory.budget import device_budget, host_budget
 from exactune.memory.job import LORA_TARGETS, Job
-from exactune.memory.mends import too_large
+from exactune.memory.mends import chosen
 from exactune.memory.offload import HostStore
 from exactune.memory.phases import Step
-from exactune.memory.plan import Plan, choose
+from exactune.memory.plan import Plan
 from exactune.memory.policy import Policy, Tiling
 from exactune.memory.shape import Shape
 from exactune.models.fused_layer import FusedLayer
@@ -63,11 +63,7 @@ def make_plan(model: Any, rows: int, tokens: int, *, budget: Any = "auto", host:
         ConfigError: an architecture that is not planned for, or a budget that cannot be read.
     """
     step = Step(Shape.of(base_model(model).config), job_of(model, **job), rows, tokens)
-    within, beside = device_budget(budget), host_budget(host)
-    plan = choose(step, within, beside)
-    if plan is None:
-        raise too_large(step, within, beside)
-    return plan
+    return chosen(step, device_budget(budget), host_budget(host))
 
 
 def fused_layers(model: Any) -> list[FusedLayer]:

@@ -84,15 +84,16 @@ class RunMemory:
     def _safely(self, trainer: Any, take: Callable[[], Tensor]) -> Tensor:
         if self._leaner is None:
             return take()
-        tallies = _Tallies(trainer)
+        leaner, tallies, before = self._leaner, _Tallies(trainer), self._leaner.retries
 
         def attempt() -> Tensor:
-            tallies.restore()
+            if leaner.retries > before:
+                tallies.restore()
             return take()
 
-        before, self._leaner.plan = self._leaner.retries, _plan_of(self._auto)
-        result = self._leaner.run(attempt)
-        if self._leaner.retries > before:
+        leaner.plan = _plan_of(self._auto)
+        result = leaner.run(attempt)
+        if leaner.retries > before:
             self._note_leaner(trainer)
         return result
 
