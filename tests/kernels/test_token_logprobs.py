@@ -56,3 +56,14 @@ def test_a_trained_head_gets_its_gradient():
     token_logprobs(hidden, HeadWeights(weight), labels)[0].sum().backward()
     exact = torch.autograd.grad(reference.linear_logprobs(hidden, HeadWeights(weight), labels)[0].sum(), weight)[0]
     assert torch.allclose(weight.grad, exact, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}], ids=str)
+def test_a_pass_that_nobody_learns_from_says_the_same_to_the_bit(device, options):
+    hidden, weight, labels = (t.to(device) for t in case())
+    index = torch.nonzero(labels != -100).squeeze(1)
+    arguments = weight, None, labels, LossTerms(**options), Rows(chunk=16), index
+    learning = TokenLogprobs.apply(hidden.clone().requires_grad_(), *arguments)
+    with torch.no_grad():
+        reference_pass = TokenLogprobs.apply(hidden, *arguments)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(reference_pass, learning))

@@ -35,7 +35,7 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, terms, rows, index):
-        from exactune.kernels.cross_entropy import RowStatistics, cross_entropy_forward_and_gradient
+        from exactune.kernels.cross_entropy import RowStatistics, cross_entropy_forward, cross_entropy_forward_and_gradient
 
         head, total = HeadWeights(weight, bias), hidden.shape[0]
         count = total if index is None else index.shape[0]
@@ -43,15 +43,19 @@ class TokenLogprobs(torch.autograd.Function):
         ctx.factor = FP16_HEADROOM if hidden.dtype == torch.float16 else 1.0
         share = torch.full((1,), ctx.factor, device=hidden.device)
         stats = RowStatistics.empty(count, hidden.device, entropy=True)
-        dloss = hidden.new_empty(count, hidden.shape[1])
+        # Nobody learns from a reference model's pass: it has no gradient to work out.
+        dloss = hidden.new_empty(count, hidden.shape[1]) if ctx.needs_input_grad[0] else None
         top = torch.empty(count, dtype=torch.bool, device=hidden.device)
         buffer = logits_buffer(chunk, head, hidden)
         for start, end in chunk_bounds(count, chunk):
             targets = take(labels, index, start, end)
             logits = logits_of(head, take(hidden, index, start, end), out=buffer[: end - start])
             top[start:end] = _is_top(logits, targets) & (targets != terms.ignore_index)
-            cross_entropy_forward_and_gradient(logits, targets, terms, share, rows=stats.part(start, end))
-            torch.mm(logits, weight, out=dloss[start:end])
+            if dloss is None:
+                cross_entropy_forward(logits, targets, terms, rows=stats.part(start, end))
+            else:
+                cross_entropy_forward_and_gradient(logits, targets, terms, share, rows=stats.part(start, end))
+                torch.mm(logits, weight, out=dloss[start:end])
         ctx.save_for_backward(dloss, index)
         ctx.total = total
         assert stats.entropy is not None

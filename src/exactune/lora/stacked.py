@@ -43,11 +43,17 @@ class Scratch:
 
     def get(self, weight: StackedWeight) -> Tensor:
         """A buffer [O+R, I+R]. Its zeros stay where no projection writes: between the diagonal blocks of B."""
+        if weight.roomy is not None:  # the adapters are off: their room is left alone, and there is no second buffer
+            return self.get(weight.roomy)[: weight.outputs, : weight.inputs]
         stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.device.type == "cuda" else 0
         key = (tuple(weight.rows), tuple(weight.ranks), weight.inputs, weight.dtype, weight.device, stream)
         if key not in self._buffers:
             self._buffers[key] = weight.empty_buffer()
         return self._buffers[key]
+
+    def buffers(self) -> list[Tensor]:
+        """Every buffer there is: they stay valid for whoever holds them."""
+        return list(self._buffers.values())
 
     def clear(self) -> None:
         self._buffers.clear()
@@ -67,6 +73,7 @@ class StackedWeight:
         self.quantised = projections[0].quantised
         self._filled_by: Callable[[], object | None] = lambda: None
         self.pass_at_hand: object | None = None  # which has filled the slots of all groups at once, see `slots`
+        self.roomy: StackedWeight | None = None  # of a `bare` one: the one it was made from
         self._home = None if self.quantised else self._move_in(projections)
 
     @property
@@ -106,7 +113,7 @@ class StackedWeight:
     def bare(self) -> StackedWeight:
         """The same weights in the same buffer, without adapters: for passes with every adapter switched off."""
         twin = copy.copy(self)
-        twin.ranks, twin.rank = [0] * len(self.rows), 0
+        twin.ranks, twin.rank, twin.roomy = [0] * len(self.rows), 0, self
         return twin
 
     def filled(self, projections: Sequence[Projection], owner: object) -> Tensor:
