@@ -228,10 +228,10 @@ def merged_tensor(base: torch.Tensor, updates: tuple[Update, ...], dtype: torch.
         ArtefactError: a value is not finite, or does not fit `dtype`.
     """
     if not updates:
-        return base.to("cpu", dtype, copy=False)
+        return base.to(dtype) if base.device.type == "cpu" else _on_host(base.shape, dtype, base).copy_(base)
     cube = base if base.dim() == 3 else base.reshape(1, -1, base.shape[-1])
     bound = [update.bind(cube, ledger) for update in updates]
-    out = torch.empty(cube.shape, dtype=dtype)
+    out = _on_host(cube.shape, dtype, cube)
     for matrix, rows in blocks(cube):
         base_block = cube[matrix, rows].float()
         block = base_block
@@ -243,3 +243,8 @@ def merged_tensor(base: torch.Tensor, updates: tuple[Update, ...], dtype: torch.
             raise ArtefactError(f"Merged values {where}.", "Save in bfloat16 or float32, or check the adapter's training for divergence.")
         out[matrix, rows] = rounded
     return out.reshape(base.shape)
+
+
+def _on_host(shape: torch.Size, dtype: torch.dtype, source: torch.Tensor) -> torch.Tensor:
+    """Host memory for what comes from `source`: of a GPU in pinned pages, which torch uses again; fresh ones cost as much as the disk."""
+    return torch.empty(shape, dtype=dtype, pin_memory=source.is_cuda)

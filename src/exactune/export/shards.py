@@ -43,7 +43,10 @@ def header(pieces: Sequence[Piece]) -> bytes:
 
 
 def write_shard(path: Path, pieces: Sequence[Piece], tensors: Iterable[torch.Tensor]) -> str:
-    """Write one file; returns its hash. While a tensor is written and hashed the next is made, and the disk is kept busy with the last."""
+    """Hand one file to the system, and return its hash: `_seal` waits for the disk.
+
+    While a tensor is written and hashed the next is made, and the disk is kept busy with the last.
+    """
     with (
         path.open("wb", buffering=0) as file,
         ThreadPoolExecutor(1) as writer,
@@ -77,8 +80,14 @@ def write_shard(path: Path, pieces: Sequence[Piece], tensors: Iterable[torch.Ten
                 flushing, unflushed = flusher.submit(os.fsync, file.fileno()), 0
         pending.result()
         flushing.result()
-        os.fsync(file.fileno())
         return digest.hexdigest()
+
+
+def _seal(folder: Path, file: str, fingerprint: str, hashes: dict[str, str]) -> None:
+    """Wait until a written shard is on the disk, and note it with those before it."""
+    with (folder / file).open("rb") as written:
+        os.fsync(written.fileno())
+    _note(folder, fingerprint, hashes)
 
 
 class Maker(Protocol):
@@ -109,18 +118,22 @@ def write_checkpoint(folder: Path, groups: Sequence[Group], shards: Sequence[Sha
                 made.update({name: tensor for name, tensor in fresh.items() if name not in written})
             yield made.pop(piece.name)
 
-    for shard in shards:
-        path = folder / shard.file
-        if shard.file in done and path.exists() and file_hash(path) == done[shard.file]:
-            hashes[shard.file] = done[shard.file]
-            for piece in shard.pieces:
-                made.pop(piece.name, None)
-                if piece.name in first_of_group:
-                    maker.account(home[piece.name])
-        else:
-            hashes[shard.file] = write_shard(path, shard.pieces, tensors(shard))
-            _note(folder, fingerprint, hashes)
-        written.update(piece.name for piece in shard.pieces)
+    with ThreadPoolExecutor(1) as sealer:  # the next shard is made while the disk is at the last
+        sealing = sealer.submit(lambda: None)
+        for shard in shards:
+            path = folder / shard.file
+            if shard.file in done and path.exists() and file_hash(path) == done[shard.file]:
+                hashes[shard.file] = done[shard.file]
+                for piece in shard.pieces:
+                    made.pop(piece.name, None)
+                    if piece.name in first_of_group:
+                        maker.account(home[piece.name])
+            else:
+                hashes[shard.file] = write_shard(path, shard.pieces, tensors(shard))
+                sealing.result()
+                sealing = sealer.submit(_seal, folder, shard.file, fingerprint, dict(hashes))
+            written.update(piece.name for piece in shard.pieces)
+        sealing.result()
     if len(shards) > 1:
         weight_map = {piece.name: shard.file for shard in shards for piece in shard.pieces}
         index = {"metadata": {"total_size": sum(shard.nbytes for shard in shards)}, "weight_map": weight_map}
