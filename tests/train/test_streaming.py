@@ -47,6 +47,17 @@ def test_training_on_a_stream_resumes_as_if_it_had_never_stopped(settings, tmp_p
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize(("name", "content", "said"), [("rows.xyz", "{}", "cannot tell what .xyz holds"), ("rows.jsonl", "", "is empty")])
+def test_a_file_that_cannot_be_streamed_is_refused_as_when_it_is_read_whole(name, content, said, tmp_path):
+    (tmp_path / name).write_text(content)
+    for read in (
+        lambda path: prepare(path, tiny_tokenizer(), max_length=48),
+        lambda path: prepare_stream(path, tiny_tokenizer(), max_length=48),
+    ):
+        with pytest.raises(DataError, match=said):
+            read(tmp_path / name)
+
+
 def test_a_bad_row_far_down_is_named_or_passed_over(tmp_path):
     path, tokenizer = tmp_path / "rows.jsonl", tiny_tokenizer()
     lines = [json.dumps(row) for row in many(SAMPLE + 5)]

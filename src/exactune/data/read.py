@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,15 @@ def read_rows(source: Any, *, split: str | None = None, skip_bad_rows: bool = Fa
     if isinstance(source, Rows):
         return source
     if isinstance(source, (str, Path)):
-        rows = _from_name(source, split, skip_bad_rows)
+        place = locate(source, split)
+        if place.files:
+            rows = _from_files(place.files, place.origin, skip_bad_rows)
+        else:
+            rows = _from_memory(place.dataset, None, skip_bad_rows, origin=place.origin)
     elif isinstance(source, Sequence) and source and all(isinstance(item, (str, Path)) for item in source):
-        rows = _from_files([existing(Path(item)) for item in source], ", ".join(Path(item).name for item in source), skip_bad_rows)
+        rows = _from_files(
+            [_readable(existing(Path(item))) for item in source], ", ".join(Path(item).name for item in source), skip_bad_rows
+        )
     else:
         rows = _from_memory(source, split, skip_bad_rows)
     if not rows.records:
@@ -40,16 +47,41 @@ def read_rows(source: Any, *, split: str | None = None, skip_bad_rows: bool = Fa
     return rows
 
 
-def _from_name(source: str | Path, split: str | None, skip: bool) -> Rows:
+@dataclass(frozen=True)
+class Place:
+    """Where the rows of a named source lie: in files, or in a data set of the `datasets` library."""
+
+    origin: str
+    files: list[Path] = field(default_factory=list)
+    dataset: Any = None
+
+
+def locate(source: str | Path, split: str | None, *, streaming: bool = False) -> Place:
+    """What `source` names: a file, a folder of files, a saved data set, or else one of the hub, which `streaming` leaves there.
+
+    Raises: `DataError` and `ConfigError` for what is not there, cannot be read, or has no such split.
+    """
     path = Path(source).expanduser()
+    if path.is_dir() and is_saved(path):
+        return Place(str(path), dataset=open_saved(path, split))
     if path.is_dir():
-        return _from_folder(path, split, skip)
+        files = [_readable(file) for file in files_of_split(path, split)]
+        return Place(f"{path} ({', '.join(file.name for file in files)})", files)
     if path.is_file() or isinstance(source, Path) or looks_like_a_file(source):
         path = existing(path)
         if split is not None:
             raise ConfigError(f"`split` ({split!r}) does not apply to one file ({path}).", "Name the file that holds the split you mean.")
-        return _from_files([path], path.name, skip)
-    return _from_memory(open_hub(source, split), None, skip, origin=source)
+        return Place(path.name, [_readable(path)])
+    return Place(source, dataset=open_hub(source, split, streaming=streaming))
+
+
+def _readable(path: Path) -> Path:
+    """`path`, if it holds something of a kind that there is a reader for."""
+    if not kind_of(path):
+        raise DataError(f"{path}: cannot tell what {path.suffix or 'a file without a suffix'} holds.", f"Give one of: {KINDS}.")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty.", "Give a file with at least one row.")
+    return path
 
 
 def looks_like_a_file(name: str) -> bool:
@@ -74,14 +106,9 @@ def _from_files(paths: list[Path], origin: str, skip: bool) -> Rows:
     rows = Rows([], [], origin, unit="line" if all(_lined(path) for path in paths) else "row")
     bad_numbers: list[tuple[int, str]] = []
     for path in paths:
-        kind = kind_of(path)
-        if not kind:
-            raise DataError(f"{path}: cannot tell what {path.suffix or 'a file without a suffix'} holds.", f"Give one of: {KINDS}.")
-        if path.stat().st_size == 0:
-            raise DataError(f"{path} is empty.", "Give a file with at least one row.")
         rows.files.append((path.name, len(rows.records)))
         unit = "line" if _lined(path) else "row"
-        for number, row in READERS[kind](path):
+        for number, row in READERS[kind_of(path)](path):
             if isinstance(row, BadRow):
                 if not skip:
                     mend = "Mend it, or go on without it: --skip-bad-rows (skip_bad_rows=True) leaves such rows out and lists each one."
@@ -96,13 +123,6 @@ def _from_files(paths: list[Path], origin: str, skip: bool) -> Rows:
 
 def _lined(path: Path) -> bool:
     return kind_of(path) in LINE_NUMBERED
-
-
-def _from_folder(path: Path, split: str | None, skip: bool) -> Rows:
-    if is_saved(path):
-        return _from_memory(open_saved(path, split), None, skip, origin=str(path))
-    chosen = files_of_split(path, split)
-    return _from_files(chosen, f"{path} ({', '.join(file.name for file in chosen)})", skip)
 
 
 def files_of_split(folder: Path, split: str | None) -> list[Path]:

@@ -11,11 +11,10 @@ from exactune.data.encode import Encoder
 from exactune.data.files import READERS, kind_of
 from exactune.data.formats import named
 from exactune.data.prepare import Prepared, encode_rows, prepare, renderer
-from exactune.data.read import existing, files_of_split, looks_like_a_file
+from exactune.data.read import locate
 from exactune.data.render import TrainOn
 from exactune.data.rows import BadRow, Rows
-from exactune.data.sets import is_saved, open_hub, open_saved
-from exactune.errors import ConfigError, DataError
+from exactune.errors import DataError
 
 SAMPLE = 1000  # rows that are looked at before training
 SHUFFLED = 10_000  # rows among which the next one is drawn
@@ -74,20 +73,10 @@ def prepare_stream(
 
 def _reader(source: str | Path, split: str | None) -> Callable[[], Numbered]:
     """A function that begins to read `source` anew."""
-    path = Path(source).expanduser()
-    if path.is_dir() and is_saved(path):
-        saved = open_saved(path, split)
-        return lambda: _of_dataset(str(path), saved)
-    if path.is_dir():
-        files = files_of_split(path, split)
-    elif path.is_file() or isinstance(source, Path) or looks_like_a_file(source):
-        if split is not None:
-            raise ConfigError(f"`split` ({split!r}) does not apply to one file ({path}).", "Name the file that holds the split you mean.")
-        files = [existing(path)]
-    else:
-        remote = open_hub(source, split, streaming=True)
-        return lambda: _of_dataset(source, remote)
-    return lambda: _of_files(files)
+    place = locate(source, split, streaming=True)
+    if place.files:
+        return lambda: _of_files(place.files)
+    return lambda: _of_dataset(place.origin, place.dataset)
 
 
 def _of_files(files: list[Path]) -> Numbered:

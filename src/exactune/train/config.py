@@ -85,7 +85,7 @@ class TrainConfig(BaseModel):
         [], "Parts of answers that are read and not learned: thinking, tool_calls.", "Data"
     )
     skip_bad_rows: bool = _field(False, "Leave out rows that cannot be read instead of stopping.", "Data")
-    streaming: bool = _field(False, "Read the rows while training, for files larger than memory; needs max_steps.", "Data")
+    streaming: bool = _field(False, "Read the rows while training, for files and hub sets larger than memory; needs max_steps.", "Data")
     packing: bool = _field(False, "Put several short rows into one sequence, kept apart by their positions.", "Data")
 
     per_device_train_batch_size: int = _field(2, "Rows in one forward pass.", "Training", ge=1)
