@@ -50,6 +50,7 @@ class Installer:
     verify: bool
     wide: bool = False  # a float16 model whose stream is float32: a layer that runs as one has one dtype
     verdicts: dict[tuple, Verdict] = field(default_factory=dict)
+    manners: set[tuple] = field(default_factory=set)  # of attention, found so far
     installed: list[Fused] = field(default_factory=list)
 
     def install(self, config: Any, name: str) -> None:
@@ -81,7 +82,7 @@ class Installer:
             return why, None
         if seen is None and kinds and index < len(kinds) and any(word in kinds[index] for word in ("sliding", "chunked")):
             return Unrecognised("a window that its mask does not show"), None
-        return Setting(vars(config).get("head_dim"), seen, tuple(softcaps)), real
+        return Setting(vars(config).get("head_dim"), seen, tuple(softcaps), self.manners), real
 
     def _decide(self, index: int, plan: Plan, setting: Setting | Unrecognised, window: int | None, config: Any, path: str) -> list[Fused]:
         """The forwards to install in one layer, all of it noted in the report."""

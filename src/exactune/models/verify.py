@@ -96,12 +96,15 @@ def truth_of(module: Any, dtype: torch.dtype) -> Any:
     return twin.to(wider(dtype))
 
 
-def run(forward: Callable[[Tensor], Tensor], module: Any, x: Tensor, dy: Tensor, context: AbstractContextManager) -> dict[str, Tensor]:
-    """The output, the input's gradient and every trained parameter's gradient of one pass."""
+def run(
+    forward: Callable[[Tensor], Tensor], module: Any, x: Tensor, dtype: torch.dtype, context: AbstractContextManager
+) -> dict[str, Tensor]:
+    """The output, the input's gradient and every trained parameter's gradient of one pass, from the same random `dtype` dy in each."""
     x = x.detach().requires_grad_()
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     with context:
         y = forward(x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y.device, dtype)
     grads = torch.autograd.grad(y, [x, *trained.values()], dy.to(y.dtype), allow_unused=True)
     named = {"output": y.detach(), "dx": grads[0], **dict(zip(trained, grads[1:]))}
     return {name: t for name, t in named.items() if t is not None}
@@ -148,25 +151,21 @@ def prove(
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # two draws of it could not be compared
     randomise_adapters(probe)
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(shape, generator=generator).to(device, dtype)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     off = torch.autocast(device.type, enabled=False)  # whatever the caller's own context says
     twin = truth_of(probe, dtype)
     wide_x = x.to(wider(dtype))
-    with torch.no_grad(), off:
-        width = call(twin, wide_x).shape
-    dy = torch.randn(width, generator=generator).to(device, dtype)
-    truth = run(lambda t: call(twin, t), twin, wide_x, dy, off)
+    truth = run(lambda t: call(twin, t), twin, wide_x, dtype, off)
     fast_forward = fast_of(probe)
     # Frozen 16-bit weights with float32 adapters are trained under autocast, so that is how both forms run in the model's dtype.
     autocast = torch.autocast(device.type, dtype) if dtype in (torch.bfloat16, torch.float16) else off
-    fast = run(lambda t: call(fast_forward, t), probe, x, dy, autocast)
+    fast = run(lambda t: call(fast_forward, t), probe, x, dtype, autocast)
     if wider(dtype) == torch.float32:
         wide_forward = fast_of(twin)
-        formula = run(lambda t: call(wide_forward, t), twin, wide_x, dy, off)
+        formula = run(lambda t: call(wide_forward, t), twin, wide_x, dtype, off)
     else:
         formula = fast  # float32 is wide enough to tell a formula, and float64 has no kernels
     if dtype == torch.float64:
         return Proof(tuple(compare_formula(formula, truth)))  # the stock part is the truth itself: it has no rounding to be held to
-    stock = run(lambda t: call(probe, t), probe, x, dy, autocast)
+    stock = run(lambda t: call(probe, t), probe, x, dtype, autocast)
     return Proof((*compare_formula(formula, truth), *compare_rounding(fast, stock, truth)))

@@ -35,11 +35,15 @@ OWN_FORMULA = "attention with a formula of its own"
 
 @dataclass(frozen=True)
 class Setting:
-    """What a module need not say itself: the width of its heads, the keys that a query sees (None: all before it), softcaps to try."""
+    """What a module need not say itself: the width of its heads, the keys that a query sees (None: all before it), softcaps to try.
+
+    `known` are the manners (see `manner_of`) found in this model so far: most layers are alike, and one hypothesis explains them.
+    """
 
     head_dim: int | None = None
     window: int | None = None
     softcaps: tuple[float, ...] = ()
+    known: set[tuple] = field(default_factory=set)
 
 
 @dataclass
@@ -121,41 +125,48 @@ def _scales(module: Any, head_dim: int) -> tuple[list[float], list[float]]:
     return [usual], [1.0, *(usual * factor for factor in factors_of(module))]
 
 
-Candidate = tuple[Split, Attention]
+@dataclass(frozen=True)
+class Candidate:
+    """What the projections may have made: the heads of a split, the values normed already, and the attention before it is turned."""
+
+    split: Split
+    attention: Attention
+    q: Tensor  # [B, T, H, D]
+    k: Tensor  # [B, T, K, D]
+    v: Tensor
+    gate: Tensor | None
+
+    @classmethod
+    def of(cls, split: Split, attention: Attention, made: dict[Any, Tensor]) -> Candidate:
+        q, k, v, gate = split.parts([made[p] for p in split.projections])
+        v = v if attention.v_norm is None else normed_heads(v, attention.v_norm)
+        return cls(split, attention, q.contiguous(), k.contiguous(), v, gate)
+
+    def first_token_fits(self, inner: Tensor) -> bool:
+        """False where the values and the gate cannot be these: the first token sees nothing but itself."""
+        if self.attention.sinks is not None:
+            return True
+        out = self.split.gated(self.v.repeat_interleave(self.attention.heads // self.attention.kv_heads, 2), self.gate)[:, :1]
+        return explains(out.flatten(2), inner[:, :1]) <= 2 * tolerance(inner.dtype)
 
 
 @dataclass
 class Seen:
-    """What is to be explained: the projections' results, the tables that the call was given, and what the output projection read."""
+    """What is to be explained: the tables that the call was given, and what the output projection read."""
 
-    made: dict[Any, Tensor]
     tables: tuple[Tensor, Tensor] | None
     inner: Tensor  # [B, T, H·D]
 
-    def of(self, split: Split) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        return split.parts([self.made[p] for p in split.projections])
-
-    def first_token_fits(self, attention: Attention, split: Split) -> bool:
-        """False where the values and the gate cannot be these: the first token sees nothing but itself."""
-        if attention.sinks is not None:
-            return True
-        _, _, v, gate = self.of(split)
-        v = v if attention.v_norm is None else normed_heads(v, attention.v_norm)
-        out = split.gated(v.repeat_interleave(attention.heads // attention.kv_heads, 2), gate)[:, :1]
-        return explains(out.flatten(2), self.inner[:, :1]) <= 2 * tolerance(self.inner.dtype)
-
-    def error(self, attention: Attention, split: Split) -> float:
-        """How far from `inner` this attention of this split is."""
-        q, k, v, gate = self.of(split)
+    def error(self, attention: Attention, heads: Candidate) -> float:
+        """How far from `inner` this attention of these heads is."""
         given_cos, given_sin = self.tables or (None, None)
         cos, sin = tables_for(attention, given_cos, given_sin, self.inner)
         batch = Batch(self.inner.shape[0], self.inner.shape[1], cos, sin)
-        q_out, k_out = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k))
-        turn(attention, batch, q.contiguous(), k.contiguous(), q_out, k_out)
-        v = v if attention.v_norm is None else normed_heads(v, attention.v_norm)
+        q_out, k_out = torch.empty_like(heads.q), torch.empty_like(heads.k)
+        turn(attention, batch, heads.q, heads.k, q_out, k_out)
         options: dict[str, Any] = {"window": attention.window, "softcap": attention.softcap, "sinks": attention.sinks}
-        out = reference_attention(q_out, k_out, v, scale=attention.scale, **options)
-        return explains(split.gated(out, gate).flatten(2), self.inner)
+        out = reference_attention(q_out, k_out, heads.v, scale=attention.scale, **options)
+        return explains(heads.split.gated(out, heads.gate).flatten(2), self.inner)
 
 
 def _turns(attention: Attention, tables: tuple[Tensor, Tensor] | None) -> bool:
@@ -165,20 +176,31 @@ def _turns(attention: Attention, tables: tuple[Tensor, Tensor] | None) -> bool:
     return tables[0].shape[-1] * (2 if attention.tables == "single" else 1) <= attention.head_dim
 
 
-def _found(seen: Seen, candidates: list[Candidate], softcaps: Sequence[float | None], scales: list[float]) -> Attention:
-    """The candidate, turned and scaled in the way that explains what was seen.
+def manner_of(attention: Attention) -> tuple:
+    """How scores come of queries and keys, which is tried first in the model's other layers."""
+    return attention.rotary_style, attention.tables, attention.softcap, attention.scale
+
+
+def _found(seen: Seen, candidates: list[Candidate], softcaps: Sequence[float | None], scales: list[float], known: set[tuple]) -> Attention:
+    """The candidate, turned and scaled in the way that explains what was seen; the manners that are `known` go first.
 
     Raises:
         Unrecognised: none does.
     """
-    tried: list[Attention] = []
-    errors: dict[int, float] = {}
-    for (split, attention), (style, tables), softcap, scale in itertools.product(candidates, TURNS, softcaps, scales):
-        attention = replace(attention, rotary_style=style, tables=tables, softcap=softcap, scale=scale)
+    tries: list[tuple[Attention, Candidate]] = []
+    for heads, (style, tables), softcap, scale in itertools.product(candidates, TURNS, softcaps, scales):
+        attention = replace(heads.attention, rotary_style=style, tables=tables, softcap=softcap, scale=scale)
         if _turns(attention, seen.tables):
-            errors[len(tried)] = seen.error(attention, split)
-            tried.append(attention)
-    return tried[best(errors, seen.inner, OWN_FORMULA)]
+            tries.append((attention, heads))
+
+    def closest(some: list[tuple[Attention, Candidate]]) -> Attention:
+        errors = {i: seen.error(*one) for i, one in enumerate(some)}
+        return some[best(errors, seen.inner, OWN_FORMULA)][0]
+
+    try:
+        return closest([one for one in tries if manner_of(one[0]) in known])
+    except Unrecognised:
+        return closest([one for one in tries if manner_of(one[0]) not in known])
 
 
 @torch.no_grad()
@@ -199,21 +221,22 @@ def read_attention(module: Any, trace: Trace, setting: Setting, scratch: Scratch
     heads = inner.shape[-1] // head_dim
     if any(p.shape != (heads,) for p in roles.own) or len(roles.own) > 1:
         raise Unrecognised("parameters of its own")
-    seen = Seen({p: trace.events[p].y for p in roles.ins}, positions_of(event.kwargs), inner)
+    seen, made = Seen(positions_of(event.kwargs), inner), {p: trace.events[p].y for p in roles.ins}
     norms = _read_norms(roles, trace, head_dim)
     candidates: list[Candidate] = []
     for split in splits_of(roles.ins, heads, head_dim):
-        bare = _bare(split, roles, setting, scratch)
-        attention = _with_norms(bare, split.projections, norms)
-        if attention is not None and seen.first_token_fits(attention, split):
-            candidates.append((split, attention))
+        attention = _with_norms(_bare(split, roles, setting, scratch), split.projections, norms)
+        if attention is not None and (candidate := Candidate.of(split, attention, made)).first_token_fits(inner):
+            candidates.append(candidate)
     own_softcap = [v for k, v in vars(module).items() if "softcap" in k and isinstance(v, float)]
     softcaps: Sequence[float | None] = own_softcap or [None, *setting.softcaps]
     usual, others = _scales(module, head_dim)
     try:
-        return _found(seen, candidates, softcaps, usual)
+        found = _found(seen, candidates, softcaps, usual, setting.known)
     except Unrecognised:
-        return _found(seen, candidates, softcaps, others)
+        found = _found(seen, candidates, softcaps, others, setting.known)
+    setting.known.add(manner_of(found))
+    return found
 
 
 def _bare(split: Split, roles: Roles, setting: Setting, scratch: Scratch) -> Attention:

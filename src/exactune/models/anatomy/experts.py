@@ -6,6 +6,7 @@ balances them stay the stock modules'.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -64,20 +65,18 @@ class RoutedEvent(Event):
         return result[0] if isinstance(result, tuple) else result
 
 
-class _eager_in_float64:
+@contextlib.contextmanager
+def _eager_in_float64(forward: Any, dtype: torch.dtype) -> Iterator[None]:
     """Inside, a stock holder loops over its experts if it computes in float64, for which torch has no grouped product."""
-
-    def __init__(self, forward: Any, dtype: torch.dtype):
-        config = getattr(holder_of(forward), "config", None) if isinstance(forward, nn.Module) else None
-        self.config = config if dtype is torch.float64 and hasattr(config, "_experts_implementation") else None
-
-    def __enter__(self) -> None:
-        if self.config is not None:
-            self.was, self.config._experts_implementation = self.config._experts_implementation, "eager"
-
-    def __exit__(self, *_: Any) -> None:
-        if self.config is not None:
-            self.config._experts_implementation = self.was
+    config: Any = getattr(holder_of(forward), "config", None) if isinstance(forward, nn.Module) else None
+    if dtype is not torch.float64 or not hasattr(config, "_experts_implementation"):
+        yield
+        return
+    was, config._experts_implementation = config._experts_implementation, "eager"
+    try:
+        yield
+    finally:
+        config._experts_implementation = was
 
 
 def _layouts(module: Any, width: int) -> Iterator[Experts]:
@@ -90,16 +89,16 @@ def _layouts(module: Any, width: int) -> Iterator[Experts]:
         back = own[down].shape[1:] if transposed else own[down].shape[:0:-1]
         if into != width or out % 2 or back != (out // 2, width) or own[both].shape[0] != own[down].shape[0]:
             continue
-        for first, second in itertools.permutations([*biases, None, None][:2] if biases else [None, None]):
+        for first, second in set(itertools.permutations([*biases, None, None][:2])):
             wanted = ((first, out), (second, width))
             if all(name is None or own[name].shape == (own[both].shape[0], size) for name, size in wanted):
                 yield Experts(module, both, down, first, second, "swiglu", transposed)
 
 
-def _times(x: Tensor, experts: list[int], weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """Each row of x [S, in] through the matrix of its expert, [S, out]."""
-    rows = [row @ (weight[e] if transposed else weight[e].t()) for row, e in zip(x, experts)]
-    return torch.stack(rows) if bias is None else torch.stack(rows) + bias[experts]
+def _times(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    """Each row of x [S, in] through the matrix [S, in, out] of its expert, [S, out]."""
+    y = (x[:, None] @ weights).squeeze(1)
+    return y if bias is None else y + bias
 
 
 @torch.no_grad()
@@ -119,21 +118,21 @@ def read_experts(module: Any, event: Event) -> Experts:
     dtype = next(iter(own.values())).dtype
     x, index, weights = call.x.reshape(-1, call.x.shape[-1])[:FEW].to(dtype), call.index[:FEW], call.weights[:FEW].to(dtype)
     few = Event(_first(event.args), dict(zip(event.kwargs, _first(event.kwargs.values()))), x, None)
-    chosen, choices = index.flatten().tolist(), index.shape[1]
+    chosen, choices = index.flatten(), index.shape[1]
     allowed = kinds_allowed(child for child in holder.children() if next(child.parameters(), None) is None)
     found: list[Experts] = []
     errors: dict[int, float] = {}
     seen = torch.ones((), dtype=x.dtype)
     for layout in _layouts(module, x.shape[1]):
-        bias, down_bias = (own.get(name or "") for name in (layout.gate_up_bias, layout.down_bias))
-        spread = _times(x.repeat_interleave(choices, 0), chosen, own[layout.gate_up_name], None, layout.transposed).float().std().item()
+        first, second = ((w if layout.transposed else w.mT)[chosen] for w in (own[layout.gate_up_name], own[layout.down_name]))
+        bias, down_bias = (own[name][chosen] if name else None for name in (layout.gate_up_bias, layout.down_bias))
+        spread = _times(x.repeat_interleave(choices, 0), first, None).float().std().item()
         loud = x * (LOUD / spread if 0 < spread < LOUD else 1.0)
-        made = _times(loud.repeat_interleave(choices, 0), chosen, own[layout.gate_up_name], bias, layout.transposed)
+        made = _times(loud.repeat_interleave(choices, 0), first, bias)
         seen = few.replay(holder, loud)
         for kind, interleaved, up_first in itertools.product([k for k in GATES if k in allowed], (False, True), (False, True)):
             experts = Experts(*_names(layout), kind, layout.transposed, interleaved, up_first)
-            h = gated(*experts.halves(made), kind)
-            y = _times(h, chosen, own[layout.down_name], down_bias, layout.transposed)
+            y = _times(gated(*experts.halves(made), kind), second, down_bias)
             errors[len(found)] = explains((y * weights.reshape(-1, 1)).view(len(x), choices, -1).sum(1), seen)
             found.append(experts)
     return found[best(errors, seen, NO_KERNEL)]
