@@ -39,7 +39,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", type=int, default=0)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one kind")
-    parser.add_argument("--profile", help="write a table of the kernels of one step to this file (one kind)")
+    parser.add_argument("--profile", help="write a table of the kernels of one step to this name with the kind added")
     parser.add_argument("--out", type=Path, help="append the results here, one JSON line each")
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -153,7 +153,8 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
         return loss
 
     optimizer = torch.optim.AdamW(trained, lr=2e-4, fused=True)
-    found = time_steps(run, optimizer, args.steps, args.rows * args.tokens, args.profile)
+    profile = f"{args.profile}.{kind}" if args.profile else None
+    found = time_steps(run, optimizer, args.steps, args.rows * args.tokens, profile)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return {
         "kind": kind,
