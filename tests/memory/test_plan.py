@@ -1,6 +1,7 @@
 """Plans from shapes and a budget alone: they fit, they are the same every time, and more memory never makes them slower."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -9,8 +10,9 @@ from exactune.memory.budget import device_budget, parse_bytes
 from exactune.memory.job import Job
 from exactune.memory.mends import nearest, too_large
 from exactune.memory.phases import Step
-from exactune.memory.plan import GIB, LADDER, Plan, choose, fits, fits_beside, leanest, longest, most_rows, spread
+from exactune.memory.plan import GIB, LADDER, MARGIN, Plan, choose, fits, fits_beside, leanest, longest, most_rows, spread
 from exactune.memory.policy import Tiling, policies
+from exactune.memory.recordings import WORKSPACE
 from exactune.memory.shape import Shape
 
 LLAMA_8B = Shape(4096, 32, 32, 8, 128, 14336, 128256)
@@ -57,9 +59,12 @@ def test_long_contexts_fit_in_tiles(tokens, gib):
     assert longest(Step(LLAMA_8B, Job(bits=4, r=32), 1, 256), gib * GIB, 128 * GIB) >= tokens
 
 
-def test_small_model_under_the_peers_memory():
-    plan = choose(Step(LLAMA_1B, Job(bits=4), 2, 2048), int(1.75 * GIB), 8 * GIB)
-    assert plan is not None
+def test_small_model_is_recorded_in_the_peers_memory():
+    jobs = [Job(bits=4, optim="adamw_torch_fused", graphs=graphs) for graphs in (False, True)]
+    eager, recorded = (choose(Step(LLAMA_1B, job, 2, 2048), int(1.75 * GIB), 8 * GIB) for job in jobs)
+    assert eager is not None and recorded is not None and not recorded.host
+    assert recorded.fixed["recorded passes"] and recorded.only == (2, 2048)
+    assert recorded.seconds < 0.8 * eager.seconds
 
 
 def test_full_fine_tuning_with_the_step_in_the_backward():
@@ -88,17 +93,38 @@ def test_eight_bit_state_of_an_embedding_stays_in_32_bits():
 def test_recorded_passes_hold_a_second_set_and_hide_the_launches():
     eager, recorded = (Step(LLAMA_1B, Job(bits=4, graphs=graphs), 1, 512) for graphs in (False, True))
     kept, again = all_of("keep", eager), all_of("keep", recorded)
-    assert again.peak == kept.peak + round(max(kept.phases.values())) and again.seconds < kept.seconds
+    second_set = round(max(kept.phases.values())) + recorded.job.scratch(LLAMA_1B) + WORKSPACE
+    assert again.peak == kept.peak + second_set and again.seconds < kept.seconds
+    alone = all_of("keep", replace(recorded, alone=True))
+    assert kept.peak < alone.peak < again.peak and alone.seconds == again.seconds
     assert all_of("layer+all", recorded).seconds == all_of("layer+all", eager).seconds, "copies to the host are not recorded"
     large = [all_of("keep", Step(LLAMA_8B, Job(graphs=graphs), 4, 2048)) for graphs in (False, True)]
     assert large[0].peak == large[1].peak and large[0].seconds == large[1].seconds
 
 
-def test_where_there_is_no_room_for_recordings_passes_run_eagerly():
+def test_a_recording_takes_what_an_h200_reserved():
+    """`bench/results`: the 1B shape at 2 x 2,048, r = 16, nothing recomputed: 5.33 GiB, with what fragments leave unused."""
+    step = Step(LLAMA_1B, Job(bits=4, optim="adamw_torch_fused", graphs=True), 2, 2048, alone=True)
+    assert all_of("keep", step).peak / GIB == pytest.approx(5.33 / 1.04, rel=0.03)
+
+
+def test_recordings_have_the_memory_beside_eager_passes_or_alone_or_not_at_all():
     step = Step(LLAMA_1B, Job(bits=4, graphs=True), 1, 512)
-    roomy, tight = choose(step, 4 * GIB, 0), choose(step, int(1.05 * all_of("attention", Step(LLAMA_1B, Job(bits=4), 1, 512)).peak), 0)
-    assert roomy.step.job.graphs and roomy.fixed["recorded passes"]
-    assert not tight.step.job.graphs and not tight.fixed["recorded passes"]
+    least = leanest(step, host=False).peak / (1 - MARGIN)
+    roomy, tight, none = (choose(step, int(budget), 0) for budget in (4 * GIB, least + 0.1 * GIB, least + 1e6))
+    assert roomy.fixed["recorded passes"] and roomy.only is None
+    assert tight.fixed["recorded passes"] and tight.only == (1, 512)
+    assert not none.step.job.graphs and not none.fixed["recorded passes"] and none.only is None
+
+
+def test_rows_of_many_lengths_do_not_compete_for_one_recording():
+    packed, whole = (choose(Step(LLAMA_1B, Job(bits=4, graphs=True, packed=packed), 2, 2048), 3 * GIB, 0) for packed in (True, False))
+    assert packed.only and not whole.only and packed.seconds < whole.seconds
+
+
+def test_torchs_optimizer_over_lists_forms_a_second_copy_of_what_is_trained():
+    small = [Plan(Step(LLAMA_8B, Job(bits=4, optim=optim, r=256), 1, 64), (policies()["keep"],) * 32) for optim in ("adamw_torch", "sgd")]
+    assert small[0].phases["update"] == 2 * small[1].phases["update"] == max(small[0].phases.values())
 
 
 def test_the_constant_that_says_what_is_recorded():

@@ -31,6 +31,9 @@ class Again:
 
         return replay, results
 
+    def forget(self):
+        pass
+
 
 def recorded(model):
     """`model` accelerated twice over: a plain twin, and itself with recordings."""
@@ -112,6 +115,58 @@ def test_two_forwards_before_a_backward():
     assert_same(*found)
     model(**batch_of(1))  # nobody keeps this one's loss: the recording is free again
     assert not any(r.waiting for r in passes._recordings.values())
+
+
+def test_a_pass_of_another_shape_before_the_backward_leaves_the_recordings_memory_alone():
+    model, twin, passes = recorded(llama())
+    for tokens in (50, 90):
+        for _ in range(SEEN_BEFORE + 1):
+            loss_and_grads(model, **batch_of(0, tokens=tokens))
+    assert len(passes) == 2
+    replays = sum(recording.replays for recording in passes._recordings.values())
+    for m in (model, twin):
+        m.zero_grad()
+        (m(**batch_of(1, tokens=50)).loss - 0.5 * m(**batch_of(2, tokens=90)).loss).backward()
+    assert sum(recording.replays for recording in passes._recordings.values()) == replays + 1
+    for ours, eager in zip(model.parameters(), twin.parameters(), strict=True):
+        if eager.grad is not None:
+            torch.testing.assert_close(ours.grad, eager.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_where_there_is_room_for_one_recording_smaller_passes_are_filled_up_to_it():
+    model, twin, passes = recorded(llama())
+    passes.only = (3, 128)
+    for rows, tokens in ((3, 128), (3, 100), (2, 60), (1, 128), (3, 20)):
+        assert_same(loss_and_grads(model, **batch_of(rows, rows, tokens)), loss_and_grads(twin, **batch_of(rows, rows, tokens)))
+    assert len(passes) == 1 and [recording.replays for recording in passes._recordings.values()] == [3]
+
+
+def test_packed_rows_are_filled_up_to_the_one_recording():
+    model, twin, passes = recorded(llama())
+    passes.only = (2, 96)
+    for edges in ((0, 40, 96, 180), (0, 96, 192), (0, 3, 70), (0, 64, 96, 100, 150)):
+        edges = torch.tensor(edges, dtype=torch.int32)
+        positions = torch.cat([torch.arange(int(n)) for n in edges.diff()])[None]
+        longest = int(edges.diff().max())
+        packed = {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
+        batch = batch_of(1, rows=1, tokens=int(edges[-1])) | packed | {"position_ids": positions}
+        assert_same(loss_and_grads(model, **batch), loss_and_grads(twin, **batch))
+    assert len(passes) == 1 and [recording.replays for recording in passes._recordings.values()] == [2]
+
+
+def test_the_one_recording_gives_way_to_a_pass_that_runs_eagerly():
+    model, twin, passes = recorded(llama())
+    passes.only = (2, 64)
+    for _ in range(3):
+        warm(model, passes, **batch_of(0))
+        model.eval()
+        with torch.no_grad():
+            model(**batch_of(1))
+        model.train()
+        assert not len(passes)
+    for _ in range(4):
+        assert_same(loss_and_grads(model, **batch_of(2)), loss_and_grads(twin, **batch_of(2)))
+    assert not len(passes) and list(passes.refused.values()) == [1], "recordings that are dropped before they pay are not made"
 
 
 def test_the_adapters_of_a_pass_are_written_once_and_again_only_after_another_pass(monkeypatch):

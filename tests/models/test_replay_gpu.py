@@ -10,7 +10,8 @@ import torch
 from test_accelerate_gpu import gpu_model, nf4_model
 
 from exactune.models.accelerate import accelerate, report_of, undo
-from exactune.models.replay import SEEN_BEFORE, CudaCapture
+from exactune.models.capture import CudaCapture
+from exactune.models.replay import SEEN_BEFORE
 from families import with_lora
 
 pytestmark = pytest.mark.gpu

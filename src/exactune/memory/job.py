@@ -104,6 +104,10 @@ class Job:
     def optimizer_host(self, shape: Shape) -> int:
         return self._state(shape, *reversed(OPTIMIZERS[self.optim]))
 
+    def optimizer_work(self, shape: Shape) -> int:
+        """What the optimizer's step forms: torch's that goes over lists of tensors, a square root of every second moment."""
+        return math.ceil(4 * self._state_share()) * self.trained(shape) if self.optim == "adamw_torch" else 0
+
     def _state(self, shape: Shape, here: float, elsewhere: float) -> int:
         """Bytes of state in one place, at `here` bytes a weight; transformers' trainer keeps an embedding's 8-bit state in 32 bits."""
         weights = self.trained(shape)

@@ -40,6 +40,7 @@ class Step:
     tokens: int
     tiling: Tiling = WHOLE
     ahead: bool = True  # copies to and from the host overlap with the neighbouring layers
+    alone: bool = False  # recorded passes are dropped before one runs eagerly: there is no room for both
 
     @property
     def n(self) -> int:
@@ -184,7 +185,7 @@ class Step:
 
 
 def peak(step: Step, policies: Sequence[Policy]) -> dict[str, float]:
-    """Bytes of activations, workspace and gradients at the widest moment of each phase: "forward", "head" and "backward"."""
+    """Bytes of activations, workspace and gradients at the widest moment of each phase: "forward", "head", "backward", "update"."""
     shape, job = step.shape, step.job
     numbers = {}
     for policy in set(policies):
@@ -210,4 +211,5 @@ def peak(step: Step, policies: Sequence[Policy]) -> dict[str, float]:
             before = next((w for w in reversed(ways[:index]) if w), 0)
         backward = max(backward, kept + (work_last if index == last else work) + before + max(grown, there) - there)
         kept, grown = kept - held, grown + each
-    return {"forward": forward + there, "head": head + there, "backward": backward + there}
+    after = 0 if job.in_backward else gradients + job.optimizer_work(shape)
+    return {"forward": forward + there, "head": head + there, "backward": backward + there, "update": after}

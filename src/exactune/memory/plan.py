@@ -10,6 +10,7 @@ from typing import Any
 from exactune.memory.activations import on_host
 from exactune.memory.phases import LIBRARIES, Step, peak
 from exactune.memory.policy import Policy, Tiling, policies
+from exactune.memory.recordings import recorded_bytes
 from exactune.memory.speed import step_seconds
 
 GIB = 1 << 30
@@ -21,8 +22,9 @@ MARGIN_KEPT, MARGIN_MIXED = 0.05, 0.13
 LEANER = 0.85  # of a step's activations and workspace: what a retry after running out of memory aims at
 # From fast to lean; what is slower than another and holds no less is left out.
 LADDER = ("keep", "keep+all", "mlp", "mlp+all", "layer", "layer+input", "layer+all", "attention", "attention+all")
-TILE_ROWS = (None, 8192, 4096, 2048)
-LEAST_LOGITS = 1 << 27  # bytes of logits at a time, where memory is tightest
+TILE_ROWS = (None, 8192, 4096, 2048, 1024)
+SMALL_TILE = 2048  # rows; from here on attention goes a key/value head at a time, and fewer logits are held
+LEAST_LOGITS = 1 << 27  # bytes of logits at a time where memory is tight; as many times less as tiles are smaller still
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Plan:
             "optimizer": job.optimizer(shape),
             "ids, positions, tables": self.step.tables(),
             "matrix library": LIBRARIES,
-            "recorded passes": round(max(self.phases.values())) if self.step.recorded(self.layers) else 0,
+            "recorded passes": recorded_bytes(self.step, self.phases) if self.step.recorded(self.layers) else 0,
         }
 
     @cached_property
@@ -94,19 +96,25 @@ class Plan:
         """One line: `24 layers mlp+all, 8 keep; peak 17.1 GiB, 1.2 GiB on the host; 93 % of the speed with everything kept`."""
         mix = ", ".join(f"{count} layer{'s' * (count > 1)} {name}" for name, count in self.counts.items())
         tiles = f"; tiles of {self.step.tile:,} tokens" if self.step.tiled else ""
+        tiles += "; recorded as CUDA graphs" if self.step.recorded(self.layers) else ""
         host = f", {self.host / GIB:.1f} GiB on the host" if self.host else ""
         return f"{mix}{tiles}; peak {self.peak / GIB:.1f} GiB{host}; {self.relative_speed:.0%} of the speed with everything kept"
 
     @property
-    def choices(self) -> tuple[tuple[Policy, ...], Tiling, bool]:
+    def only(self) -> tuple[int, int] | None:
+        """(rows, tokens) of the one pass that there is room to record; None for as many as come."""
+        return (self.step.rows, self.step.tokens) if self.step.alone else None
+
+    @property
+    def choices(self) -> tuple[tuple[Policy, ...], Tiling, bool, tuple[int, int] | None]:
         """What decides the computation: plans for batches of other sizes may agree in it."""
-        return self.layers, self.step.tiling, self.step.ahead
+        return self.layers, self.step.tiling, self.step.ahead, self.only
 
     @classmethod
     def from_dict(cls, step: Step, values: dict[str, Any]) -> Plan:
         """The plan for `step` whose `as_dict` gave `values`."""
         tiling = Tiling(**values["tiling"])
-        step = replace(step, tiling=tiling, ahead=values["ahead"])
+        step = replace(step, tiling=tiling, ahead=values["ahead"], alone=values.get("alone", False))
         return cls(step, tuple(policies()[name] for name in values["layers"]))
 
     def as_dict(self) -> dict[str, Any]:
@@ -116,6 +124,7 @@ class Plan:
             "layers": [policy.name for policy in self.layers],
             "tiling": {"tokens": tiling.tokens, "kv_heads": tiling.kv_heads, "logits": tiling.logits},
             "ahead": self.step.ahead,
+            "alone": self.step.alone,
             "rows": self.step.rows,
             "tokens": self.step.tokens,
             "predicted": {
@@ -140,7 +149,7 @@ def spread(first: Policy, second: Policy, count: int, layers: int) -> tuple[Poli
 
 def eager(step: Step) -> Step:
     """The step with nothing recorded: what takes least."""
-    return replace(step, job=replace(step.job, graphs=False))
+    return replace(step, job=replace(step.job, graphs=False), alone=False)
 
 
 def settings(step: Step) -> Iterator[Step]:
@@ -151,11 +160,11 @@ def settings(step: Step) -> Iterator[Step]:
             yield step
             yield replace(step, tiling=Tiling(logits=LEAST_LOGITS))
         elif rows < step.n:
-            least = rows == TILE_ROWS[-1]
-            tiling = Tiling(rows, 1 if least else max(1, shape.kv_heads // 4), LEAST_LOGITS if least else None)
-            yield Step(shape, step.job, step.rows, step.tokens, tiling)
-            if least:
-                yield Step(shape, step.job, step.rows, step.tokens, tiling, ahead=False)
+            small = rows <= SMALL_TILE
+            tiling = Tiling(rows, 1, LEAST_LOGITS * rows // SMALL_TILE) if small else Tiling(rows, max(1, shape.kv_heads // 4))
+            yield replace(step, tiling=tiling)
+            if small:
+                yield replace(step, tiling=tiling, ahead=False)
 
 
 def leanest(step: Step, *, host: bool = True) -> Plan:
@@ -168,12 +177,16 @@ def leanest(step: Step, *, host: bool = True) -> Plan:
 def choose(step: Step, budget: int, host: int | None = None) -> Plan | None:
     """The fastest plan for `step` that fits `budget` bytes of the device and `host` bytes beside it; None where none does.
 
-    Two policies are mixed over the layers; ties go to the lower peak. Where there is no room for recorded passes they are not recorded.
+    Two policies are mixed over the layers; ties go to the lower peak. Where recorded passes and eager ones do not fit beside each other,
+    recordings have the memory alone, or nothing is recorded.
     """
-    steps = [step]
-    if step.recorded(()):
-        steps.append(eager(step))
-    found = [plan for plan in (_fastest(each, budget, host) for each in steps) if plan is not None]
+    beside = _fastest(step, budget, host)
+    if not step.recorded(()):
+        return beside
+    others = [replace(step, alone=True), eager(step)]
+    if beside is not None and step.recorded(beside.layers) and not step.job.packed:
+        others = others[1:]  # rows of many lengths keep coming that are not recorded yet, and would drop what is
+    found = [plan for plan in (beside, *(_fastest(each, budget, host) for each in others)) if plan is not None]
     return min(found, key=lambda plan: plan.seconds, default=None)
 
 

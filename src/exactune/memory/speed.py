@@ -24,6 +24,7 @@ EAGER_LAYER = 4e-3  # seconds of the host a layer and step: launches that a smal
 MORE_LAUNCHES = {"nothing": 0.0, "mlp": 0.06, "layer": 0.15, "attention": 0.18}
 MORE_COPIES = {"nothing": 0.0, "input": 0.1, "all": 0.3}
 TILES = 1.1  # a step in tiles, relative to one without: shorter products, of which several must be worth it
+SHORT, SHORT_TILES = 2048, 1.15  # the same in tiles of fewer rows than that
 MORE_TILES = 0.8  # of a layer's launches come again with every tile
 LOGITS = 1.001  # the same of one whose logits alone come in smaller pieces
 
@@ -40,12 +41,18 @@ def step_seconds(step: Step, policies: Sequence[Policy]) -> float:
     if step.ahead:
         trips = [moved[policy] / LINK for policy in policies]
         waited = _waits_out(trips, forward) + _waits_back(trips, [backward + again[policy] for policy in policies])
-    seconds = computed * (TILES if step.tiled else LOGITS if step.tiling.logits else 1.0) + waited + brought * BESIDE
+    seconds = computed * _slower(step) + waited + brought * BESIDE
     if not step.job.gpu or step.recorded(policies):
         return seconds
     launches = sum(1 + MORE_LAUNCHES[policy.recompute] + MORE_COPIES[policy.offload] for policy in policies)
     tiles = -(-step.n // step.tile)
     return max(seconds, EAGER_LAYER * launches * (1 + MORE_TILES * (tiles - 1)))
+
+
+def _slower(step: Step) -> float:
+    if step.tiled:
+        return TILES if step.tile >= SHORT else SHORT_TILES
+    return LOGITS if step.tiling.logits else 1.0
 
 
 def _waits_out(trips: Sequence[float], forward: float) -> float:

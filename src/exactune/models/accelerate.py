@@ -15,6 +15,7 @@ from exactune.lora.stacked import Scratch
 from exactune.models.anatomy.norm import read_norm
 from exactune.models.anatomy.watch import Unrecognised, base_of
 from exactune.models.auto_plan import follow_notes
+from exactune.models.capture import CudaCapture
 from exactune.models.causal_loss import CausalForward
 from exactune.models.fused_layer import Shared
 from exactune.models.fused_parts import FusedNorm
@@ -22,7 +23,7 @@ from exactune.models.head import read_head
 from exactune.models.install import Fused, Installer, every_attention_fused, groups_of, whole_layers
 from exactune.models.notes import base_model, bind, unbind
 from exactune.models.observe import blocks_of, decoder_of, observe, takes_causal_mask
-from exactune.models.replay import CudaCapture, Passes
+from exactune.models.replay import Passes
 from exactune.models.report import Report
 from exactune.models.wide_stream import WideStream, leaves_range
 

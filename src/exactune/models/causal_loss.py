@@ -99,6 +99,8 @@ class CausalForward:
         self._take_over_checkpointing()
         try:
             fused = self._fused_head(args, labels, kwargs, request)
+            if fused is None:
+                self._run_eagerly()
             if fused is None and request and labels is not None:
                 return self._stock_per_token(labels, request, **kwargs)
             if fused is None:
@@ -150,6 +152,10 @@ class CausalForward:
             self.shared.stock_calls[f"head: {why}"] += 1
             return None
 
+    def _run_eagerly(self) -> None:
+        if self.passes is not None:
+            self.passes.give_way()
+
     def _fused(self, labels: Tensor, fused: FusedHead, request: PerToken | None, **kwargs: Any) -> Any:
         num_items = kwargs.pop("num_items_in_batch", None)
         kwargs.pop("logits_to_keep", None)
@@ -163,6 +169,7 @@ class CausalForward:
                 if request:
                     return self._per_token(found, labels, num_items)
                 return CausalLMOutput(loss=found[0], logits=Deferred(lambda: self._logits(kwargs)))  # type: ignore[arg-type]
+        self._run_eagerly()
         valid = ValidRows(shifted.reshape(-1))  # asked now, so that the answer is there when the head needs it
         outputs = self.decoder(**kwargs)
         hidden = self.head.as_read(outputs.last_hidden_state)
@@ -198,7 +205,19 @@ class CausalForward:
         if any(policy is not None and policy.offload != "nothing" for policy in self._policies()):
             return False  # the host's side of a copy is not in a graph
         asked = {name for name, value in kwargs.items() if value is not None and value is not False}
-        return "input_ids" in asked and asked <= REPLAYABLE and labels.numel() * self._operations < LAUNCH_BOUND
+        if "input_ids" not in asked or not asked <= REPLAYABLE:
+            return False
+        rows, tokens = self._filled_size(kwargs)
+        return labels.shape[0] <= rows and labels.shape[1] <= tokens and rows * tokens * self._operations < LAUNCH_BOUND
+
+    def _filled_size(self, kwargs: dict[str, Any]) -> tuple[int, int]:
+        """(rows, tokens) that this pass is filled up to when it is recorded."""
+        B, T = kwargs["input_ids"].shape
+        only = self.passes.only if self.passes is not None else None
+        if only is None:
+            return B, -(-T // BUCKET) * BUCKET
+        packed = packed_rows(kwargs["attention_mask"]) or (None, None)
+        return only if packed[0] is None else (1, only[0] * only[1])
 
     def _policies(self) -> tuple[Policy | None, ...]:
         return tuple(getattr(layer.forward, "policy", None) for layer in self.layers)
@@ -208,13 +227,16 @@ class CausalForward:
     ) -> tuple[Tensor, ...] | None:
         """The same through a recorded pass, or None where there is none and may be none."""
         assert self.passes is not None
-        T, longest, packed = shifted.shape[1], 0, packed_rows(kwargs["attention_mask"]) or (None, None)
-        inputs = {"input_ids": _filled_up(kwargs["input_ids"], 0), "shifted": _filled_up(shifted, -100)}
+        (B, T), longest, packed = shifted.shape, 0, packed_rows(kwargs["attention_mask"]) or (None, None)
+        rows, tokens = self._filled_size(kwargs)
+        missing = rows - B, tokens - T
+        inputs = {"input_ids": _filled_up(kwargs["input_ids"], missing, 0), "shifted": _filled_up(shifted, missing, -100)}
         if kwargs.get("position_ids") is not None:
-            inputs["position_ids"] = _filled_up(kwargs["position_ids"], 0)
+            each = missing if len(kwargs["position_ids"]) == B else (0, missing[1])  # or the same for all
+            inputs["position_ids"] = _filled_up(kwargs["position_ids"], each, 0)
         if packed[0] is not None and packed[1] is not None:
-            inputs["cu_seqlens"] = _counted_up(packed[0], inputs["input_ids"].numel())
-            longest = 1 << (max(packed[1], BUCKET) - 1).bit_length()
+            inputs["cu_seqlens"] = _counted_up(packed[0], tokens)
+            longest = 1 << ((tokens if self.passes.only else max(packed[1], BUCKET)) - 1).bit_length()
         if num_items is not None:
             inputs["num_items"] = torch.as_tensor(num_items, dtype=torch.float32).reshape(())
 
@@ -228,7 +250,7 @@ class CausalForward:
 
         kind = (request, self.shared.recompute, self.shared.deterministic, self.shared.tiling, longest, self._policies())
         found = self.passes.run(kind, {name: t.to(shifted.device, non_blocking=True) for name, t in inputs.items()}, compute)
-        return tuple(t[:, :T] if t.dim() else t for t in found) if found else None
+        return tuple(t[:B, :T] if t.dim() else t for t in found) if found else None
 
     def _logits(self, kwargs: dict[str, Any]) -> Tensor:
         """The logits of a pass that was replayed, computed anew: a recording keeps no hidden states that anybody could learn through."""
@@ -278,10 +300,9 @@ class CausalForward:
         return mask
 
 
-def _filled_up(rows: Tensor, value: int) -> Tensor:
-    """`rows` [B, T] with columns of `value` up to a multiple of `BUCKET`."""
-    missing = -rows.shape[1] % BUCKET
-    return nn.functional.pad(rows, (0, missing), value=value) if missing else rows
+def _filled_up(values: Tensor, missing: tuple[int, int], value: int) -> Tensor:
+    """`values` [B, T] with as many more rows and columns of `value`."""
+    return nn.functional.pad(values, (0, missing[1], 0, missing[0]), value=value) if any(missing) else values
 
 
 def _counted_up(cu_seqlens: Tensor, tokens: int) -> Tensor:

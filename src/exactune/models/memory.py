@@ -41,7 +41,7 @@ def job_of(model: Any, *, optim: str = "adamw_torch", accumulates: bool = False,
         accumulates=accumulates,
         packed=packed,
         deterministic=any(layer.shared.deterministic for layer in fused_layers(model)),
-        graphs=getattr(base.forward, "passes", None) is not None,
+        graphs=_passes_of(model) is not None,
         dropout=any(getattr(rate, "p", 0.0) > 0 for module in base.modules() for rate in _dropouts(module)),
         in_backward=in_backward,
         fragments=base.device.type == "cuda" and not segments_grow(),
@@ -90,6 +90,9 @@ def apply_choices(model: Any, plan: Plan) -> None:
     """The policies and tiles of `plan` on the layers of an accelerated model."""
     modules = list(base_model(model).get_decoder().layers)
     apply_policies(model, dict(zip(map(id, modules), plan.layers)), plan.step.tiling, ahead=plan.step.ahead)
+    passes = _passes_of(model)
+    if passes is not None:
+        passes.only = plan.only
 
 
 def apply_policies(model: Any, policies: dict[int, Policy], tiling: Tiling, *, ahead: bool) -> None:
@@ -109,9 +112,14 @@ def apply_policies(model: Any, policies: dict[int, Policy], tiling: Tiling, *, a
 
 def forget_recordings(model: Any) -> None:
     """Drop the recorded passes (`exactune.models.replay`), as if none had been seen."""
-    passes = getattr(base_model(model).forward, "passes", None)
+    passes = _passes_of(model)
     if passes is not None:
         passes.clear()
+
+
+def _passes_of(model: Any) -> Any:
+    """The recorded passes of a model (`exactune.models.replay.Passes`), or None where nothing is recorded."""
+    return getattr(base_model(model).forward, "passes", None)
 
 
 def device_of(layers: Sequence[FusedLayer]) -> torch.device:

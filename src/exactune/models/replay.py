@@ -7,6 +7,10 @@ scaled gradient). Learning rates, clipping, accumulation and optimizers stay out
 A recording reads the weights and adapters where they lie, so updates in place are seen. What would make it wrong is part of
 its key: shapes, autocast, which adapters are active, merged or switched off and their scales, where every trained tensor lies,
 hooks. A new key runs eagerly until it has come `SEEN_BEFORE` times; what cannot be recorded goes on eagerly, and `refused` says why.
+
+All recordings share one pool of memory, so one that waits for its backward keeps the others from being replayed. Where a memory plan
+has no room for the pool beside an eager pass, there is one recording, of the plan's size, which smaller passes are filled up to;
+it is dropped when a pass has to run eagerly all the same.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,64 +27,17 @@ from torch.autograd.function import once_differentiable
 
 from exactune.lora.group import Group
 from exactune.lora.slots import Slots
+from exactune.models.capture import Capture
 
 SEEN_BEFORE = 2  # eager passes of a key before it is recorded: shapes that never come again are not worth it
-MOST = 12  # recordings a model; each holds the activations of its pass
+MOST = 12  # recordings a model
+WORTH = 20  # replays on average, or recording does not pay
 LAUNCH_BOUND = 2e12  # operations a layer and step, some 3 ms on the fastest GPUs: beyond, launches hide behind the work
 
 HARMLESS_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")  # transformers' and PEFT's, for checkpointing
 
 Inputs = dict[str, Tensor]
 Compute = Callable[[Inputs], tuple[Tensor, ...]]  # its first result is differentiable in what is trained
-
-
-class Capture(Protocol):
-    """How functions are recorded; `CudaCapture` is the real one."""
-
-    def warm_up(self, run: Callable[[], Any]) -> None: ...
-
-    def record(self, run: Callable[[], tuple]) -> tuple[Callable[[], None], tuple]:
-        """(a function that does it again, into the same tensors; the results)."""
-
-
-class CudaCapture:
-    """Records CUDA graphs, all from one stream and one memory pool: they replace each other's temporary tensors."""
-
-    def __init__(self, device: torch.device):
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def warm_up(self, run: Callable[[], Any]) -> None:
-        """Run it for real on the recording stream: compiles, plans and scratch buffers may not be made while recording.
-
-        Then again, where an operation that makes the host wait is an error: it would break the recording off, and a recording that
-        breaks off leaves torch (before 2.12) with allocators that still take it to be under way.
-        """
-        mode = torch.cuda.get_sync_debug_mode()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            run()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                run()
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
-        torch.cuda.current_stream().wait_stream(self._stream)
-
-    def record(self, run: Callable[[], tuple]) -> tuple[Callable[[], None], tuple]:
-        graph = torch.cuda.CUDAGraph()
-        device = self._stream.device_index
-        generator, stream = torch.cuda.default_generators[device], torch.cuda.current_stream(device)
-        state = generator.clone_state()
-        try:
-            # Only this thread has to behave: a data loader's thread may pin memory meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                results = run()
-        except BaseException:
-            generator.graphsafe_set_state(state)  # a capture that broke off leaves it waiting for the capture's end
-            torch.cuda.set_stream(stream)  # and the recording stream in force
-            raise
-        return graph.replay, results
 
 
 class _Carrier(nn.Module):
@@ -96,6 +53,8 @@ class _Carrier(nn.Module):
 
 class Recording:
     """One recorded pass. Its outputs are overwritten by the next replay of any recording, so they are copied out at once."""
+
+    replays = 0
 
     def __init__(self, compute: Compute, inputs: Inputs, model: nn.Module, groups: list[Group], capture: Capture):
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]  # all of one dtype
@@ -128,6 +87,7 @@ class Recording:
             backward()
 
         capture.warm_up(both)
+        self._unpacked = [buffer for group in groups for buffer in group.scratch.buffers()]  # where the graphs unpack weights
         self._forward, self._outputs = capture.record(forward)
         self._backward, (self._gradients,) = capture.record(backward)
 
@@ -142,6 +102,7 @@ class Recording:
             place.copy_(inputs[name], non_blocking=True)
         self._forward()
         self._slots.claim()
+        self.replays += 1
 
     def outputs(self, token: object) -> tuple[Tensor, ...]:
         """What `start` gave, copied; the recording waits for its backward for as long as `token` lives."""
@@ -195,6 +156,8 @@ class Passes:
 
     def __init__(self, model: nn.Module, groups: list[Group], capture: Capture):
         self.refused: Counter[str] = Counter()  # reason -> keys that go on eagerly
+        self.only: tuple[int, int] | None = None  # (rows, tokens) of the one recording that a memory plan has room for
+        self._dropped: list[int] = []  # replays of each recording that gave way
         self._model, self._capture = weakref.ref(model), capture
         self._groups = groups
         self._seen: Counter[Hashable] = Counter()
@@ -220,23 +183,24 @@ class Passes:
             return None  # gradients as large as the weights are not worth a second set
         device = self._embedding.weight.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if any(recording is not None and recording.waiting for recording in self._recordings.values()):
+            return None  # what its backward needs lies where this pass would write
         shape = kind, autocast, self._embedding.weight.data_ptr(), tuple((n, tuple(t.shape), t.dtype) for n, t in inputs.items())
         # Started on the guess that no adapter has been switched: the GPU works while the host finds out. A wrong guess wastes that
         # pass; it has written nothing but the recording's own memory and slots that whoever comes next fills anew.
         latest = self._latest.get(shape)
-        started = latest is not None and not latest[1].waiting
-        if latest is not None and started:
+        if latest is not None:
             latest[1].start(inputs)
         key = shape, self._adapters()
         if key not in self._recordings:
             self._seen[key] += 1
-            if self._seen[key] <= SEEN_BEFORE or len(self._recordings) >= MOST:
+            if self._seen[key] <= SEEN_BEFORE or len(self._recordings) >= (MOST if self.only is None else 1) or self._pays_not():
                 return None
             self._recordings[key] = self._record(compute, inputs)
         recording = self._recordings[key]
-        if recording is None or recording.waiting:
+        if recording is None:
             return None
-        if not (started and latest is not None and latest[0] == key):
+        if latest is None or latest[0] != key:
             recording.start(inputs)
             self._latest[shape] = key, recording
         return Replay.apply(recording, *recording.trained)
@@ -246,6 +210,18 @@ class Passes:
         self._recordings.clear()
         self._latest.clear()
         self._seen.clear()
+        self._capture.forget()
+
+    def give_way(self) -> None:
+        """Free the memory of the recording for a pass that runs eagerly, where there is no room for both."""
+        if self.only is not None and len(self):
+            self._dropped += [recording.replays for recording in self._recordings.values() if recording is not None]
+            self.clear()
+            if self._pays_not():
+                self.refused["its memory was wanted again and again by passes that cannot be replayed"] += 1
+
+    def _pays_not(self) -> bool:
+        return len(self._dropped) > 2 and sum(self._dropped) < WORTH * len(self._dropped)
 
     def _adapters(self) -> tuple:
         """Everything about the adapters and hooks that a recording has burnt in; read at every pass, so it has to be cheap."""
@@ -266,6 +242,9 @@ class Passes:
         if why is None:
             try:
                 groups = [group.bound(_dtype_of(model)) for group in self._groups]
+                if self.only is not None:
+                    for group in groups:
+                        group.scratch.clear()  # the buffers of eager passes: recorded ones have their own
                 return Recording(compute, inputs, model, groups, self._capture)
             except torch.OutOfMemoryError:
                 why = "no memory to hold a second set of activations"

@@ -1,0 +1,31 @@
+"""The bytes that recorded passes take (`exactune.models.replay`) beside a step that runs eagerly.
+
+The graphs of a pass, forward and backward, and those of every other shape share one pool: a pass's activations and workspace are in it
+once, and it stays as it is between the steps. So there is no freed activation any more whose memory the gradients and the optimizer
+could use. A pass that has to run eagerly, because its shape is new, needs activations of its own: `beside` the pool, or, where there is
+no room for that, after the recordings have been dropped (`alone`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from exactune.memory.phases import Step
+
+WORKSPACE = 32 << 20  # cuBLAS's, of one thread; the pool holds one at a time, where an eager step has two for good
+
+
+def pool_bytes(phases: Mapping[str, float]) -> float:
+    """The pool: the widest moment of a pass, whose gradients are copied out of it."""
+    return max(size for name, size in phases.items() if name != "update")
+
+
+def recorded_bytes(step: Step, phases: Mapping[str, float]) -> int:
+    """What `step`, recorded, takes beyond the `phases` of an eager one."""
+    if step.alone:
+        gradients = step.job.gradients(step.shape)
+        there = gradients if step.job.accumulates else 0  # counted with the phases
+        return round(max(gradients, phases["update"] - there) - WORKSPACE)
+    return round(pool_bytes(phases)) + step.job.scratch(step.shape) + WORKSPACE
