@@ -70,7 +70,7 @@ def project_tiles(attention: Attention, batch: Batch, normed: Callable[[slice], 
             attention.qkv.forward(xn, out=packed.tile(rows))
         else:
             attention.order.to_heads(attention.qkv.forward(xn), out=packed.tile(rows).data)
-        ranks.append(xn.room.clone())
+        ranks.append(xn.rank_part())
     assert packed is not None, "a batch without tokens"
     if not attention.norms():
         q, k, _ = _heads(attention, batch, packed.buffer)
@@ -126,8 +126,8 @@ def gated(attention: Attention, kept: Kept, rows: slice | None = None) -> Tensor
 def output(attention: Attention, flat: Tensor) -> tuple[Tensor, Tensor]:
     """(a [N, E], P [N, R]) of what `gated` gives [N, HD]."""
     room = Roomy(flat.shape[0], attention.q_width, attention.out.rank, like=flat)
-    ops.copy_rows(flat, room.data)
-    return attention.out.forward(room), room.room.clone()
+    attention.out.read(flat, room)
+    return attention.out.forward(room), room.rank_part()
 
 
 def output_backward(attention: Attention, flat: Tensor, p_out: Tensor, da: Roomy, grads: Grads) -> None:

@@ -61,7 +61,7 @@ def _attention_inputs(layer: Layer, batch: Batch, kept: Kept) -> None:
 
     def normed(rows: slice) -> Roomy:
         xn = Roomy.shaped_as(kept.x[rows], layer.attention.qkv.rank)
-        rstds.append(ops.rms_norm_forward(kept.x[rows], layer.input_norm, out=xn.data)[1])
+        rstds.append(layer.attention.qkv.read_normed(kept.x[rows], xn, layer.input_norm)[1])
         return xn
 
     with filled_once(layer.attention.qkv):
@@ -81,7 +81,7 @@ def _between(layer: Layer, tile: Kept, flat: Tensor) -> Roomy:
     if layer.post_attention_norm is not None:
         tile.a, (a, tile.rstd_a) = a, ops.rms_norm_forward(a, layer.post_attention_norm)
     sn = Roomy.shaped_as(tile.x, layer.mlp.gate_up.rank)
-    tile.s, tile.rstd_mlp = ops.add_rms_norm_forward(a, tile.x, layer.mlp_norm, out=sn.data)
+    tile.s, tile.rstd_mlp = layer.mlp.gate_up.read_normed(a, sn, layer.mlp_norm, tile.x)
     return sn
 
 
@@ -91,7 +91,7 @@ def _made_again(layer: Layer, tile: Kept, flat: Tensor) -> None:
     if tile.gate_up is DROPPED:
         if sn is None:
             sn = Roomy.shaped_as(tile.s, layer.mlp.gate_up.rank)
-            ops.rms_norm_forward(tile.s, layer.mlp_norm, out=sn.data)
+            layer.mlp.gate_up.read_normed(tile.s, sn, layer.mlp_norm)
         tile.gate_up, tile.p_gate_up = mlp_part.project(layer.mlp, sn)
 
 

@@ -18,6 +18,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ from exactune.lora.gradients import Grads, NormedInput, RankProduct
 from exactune.lora.live import Projection, read_projection
 from exactune.lora.stacked import Scratch, StackedWeight
 
+if TYPE_CHECKING:
+    from exactune.lora.parts import Norm
+
 
 class Roomy:
     """A `[N, width]` activation in a buffer with `room` more columns behind it: `data` is the activation, `all` both.
@@ -34,11 +38,12 @@ class Roomy:
     The buffer's rows are a multiple of 16 values apart: kernels then load 16 bytes at a time, whatever the rank.
     """
 
-    __slots__ = ("all", "buffer", "width")
+    __slots__ = ("all", "alone", "buffer", "width")
 
     def __init__(self, rows: int, width: int, room: int, like: Tensor):
         self.buffer = torch.empty(rows, roomy_width(width, room), dtype=like.dtype, device=like.device)
         self.all, self.width = self.buffer[:, : width + room], width
+        self.alone: Tensor | None = None  # P, where a kernel has written it twice
 
     @classmethod
     def shaped_as(cls, x: Tensor, room: int) -> Roomy:
@@ -49,7 +54,7 @@ class Roomy:
     def over(cls, buffer: Tensor, width: int, room: int) -> Roomy:
         """The one whose buffer this is."""
         found = cls.__new__(cls)
-        found.buffer, found.all, found.width = buffer, buffer[:, : width + room], width
+        found.buffer, found.all, found.width, found.alone = buffer, buffer[:, : width + room], width, None
         return found
 
     def tile(self, rows: slice, room: int | None = None) -> Roomy:
@@ -67,6 +72,10 @@ class Roomy:
     @property
     def room(self) -> Tensor:
         return self.all[:, self.width :]
+
+    def rank_part(self) -> Tensor:
+        """P [N, R] on its own, to be kept without what it stands behind."""
+        return self.room.clone() if self.alone is None else self.alone
 
 
 def roomy_width(width: int, room: int) -> int:
@@ -150,15 +159,40 @@ class Group:
             return None
         return torch.cat([b.to(dtype) if b is not None else p.zero_bias(dtype) for b, p in zip(biases, self.projections)])
 
+    def read(self, x: Tensor, into: Roomy) -> None:
+        """Make `into` the input x [N, I]."""
+        if self._read_at_once(x, into) is None:
+            ops.copy_rows(x, into.data)
+
+    def read_normed(self, x: Tensor, into: Roomy, norm: Norm, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Make `into` the norm of s = x [N, I], plus `residual` if given; returns (s, 1/rms [N])."""
+        found = self._read_at_once(x, into, norm, residual)
+        if found is not None:
+            return found
+        if residual is None:
+            return x, ops.rms_norm_forward(x, norm, out=into.data)[1]
+        return ops.add_rms_norm_forward(x, residual, norm, out=into.data)
+
+    def _read_at_once(self, x: Tensor, into: Roomy, norm: Norm | None = None, residual: Tensor | None = None) -> tuple | None:
+        """The same with P, by one launch, where there are few rows: (s, 1/rms or None); else None, and nothing is done."""
+        at_hand = self._held is not None or self.stack.has_slots  # 4-bit weights are not unpacked for this alone
+        if not (self.rank and at_hand) or self.dropout:
+            return None
+        factor = self.filled()[self.outputs :, : self.inputs]
+        if not ops.reads_rows(x, factor, into.data):
+            return None
+        s, rstd, into.alone = ops.read_rows(x, factor, into.data, into.room, norm, residual)
+        return s, rstd
+
     def forward(self, x: Roomy, out: Roomy | None = None) -> Tensor:
-        """y [N, O] of x [N, I], in `out` if given; fills the room of `x` with P."""
+        """y [N, O] of x [N, I], in `out` if given; fills the room of `x` with P where `read` has not."""
         matrix = self.filled()
         if self.dropout:
             x.room.zero_()  # the padding of the ranks, too
             for ranks, own in self._dropping():
                 torch.mm(own(x.data), matrix[self.outputs :, : self.inputs][ranks].t(), out=x.room[:, ranks])
-        elif self.rank:
-            torch.mm(x.data, matrix[self.outputs :, : self.inputs].t(), out=x.room)
+        elif self.rank and x.alone is None:
+            x.alone = ops.rank_rows(x.data, matrix[self.outputs :, : self.inputs], x.room, keep=True)
         weight, bias = matrix[: self.outputs, : self.inputs + self.rank].t(), self._bias(matrix.dtype)
         into = None if out is None else out.data
         return torch.mm(x.all, weight, out=into) if bias is None else torch.addmm(bias, x.all, weight, out=into)
@@ -166,14 +200,17 @@ class Group:
     def backward_rank(self, dy: Roomy) -> None:
         """Fill the room of dy [N, O] with P'."""
         if self.rank:
-            torch.mm(dy.data, self.filled()[: self.outputs, self.inputs :], out=dy.room)
+            self._rank_of(dy, self.filled())
 
     def backward_input(self, dy: Roomy) -> Tensor:
         """dx [N, I] of dy [N, O]; fills the room of `dy` with P'."""
         matrix = self.filled()
         if self.rank:
-            torch.mm(dy.data, matrix[: self.outputs, self.inputs :], out=dy.room)
+            self._rank_of(dy, matrix)
         return self._product(matrix, dy, slice(0, self.inputs))
+
+    def _rank_of(self, dy: Roomy, matrix: Tensor) -> None:
+        ops.rank_rows(dy.data, matrix[: self.outputs, self.inputs :].t(), dy.room)
 
     def _dropping(self) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
         """For each adapter: its ranks, and what its dropout does to its input in this pass, and to that input's gradient."""

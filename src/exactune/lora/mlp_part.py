@@ -29,7 +29,7 @@ def project(mlp: Mlp, sn: Roomy) -> tuple[Tensor, Tensor]:
     gate_up = Roomy(sn.all.shape[0], 2 * mlp.inner, mlp.gate_up.rank, like=sn.all)
     mlp.gate_up.forward(sn, out=gate_up)
     by_gate_factor(mlp, gate_up.data)
-    return gate_up.buffer, sn.room.clone()
+    return gate_up.buffer, sn.rank_part()
 
 
 def forward(mlp: Mlp, sn: Roomy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -37,7 +37,7 @@ def forward(mlp: Mlp, sn: Roomy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gate_up, p_gate_up = project(mlp, sn)
     h = _activate(mlp, gate_up)
     m = mlp.down.forward(h)
-    return m, gate_up, p_gate_up, h.room.clone()
+    return m, gate_up, p_gate_up, h.rank_part()
 
 
 def halves(mlp: Mlp, gate_up: Tensor) -> tuple[Tensor, Tensor]:

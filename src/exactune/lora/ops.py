@@ -31,6 +31,7 @@ if has_triton():  # the modules below import it; without it everything here runs
     from exactune.kernels import dropout as dropout_kernel
     from exactune.kernels import layer_norm as layer_norm_kernel
     from exactune.kernels import rank_products as rank_products_kernel
+    from exactune.kernels import read_rows as read_rows_kernel
     from exactune.kernels import rms_norm as rms_norm_kernel
     from exactune.kernels.launch import tensor_cores
 
@@ -82,6 +83,34 @@ def _rank_products_together(products: Sequence[RankProduct]) -> list[Tensor]:
         launched.append(rank_products_kernel.Product(p, rows, out, product.scale, rstd, weight, offset))
     rank_products_kernel.rank_products(launched)
     return results
+
+
+def reads_rows(x: Tensor, factor: Tensor, out: Tensor) -> bool:
+    """Whether `read_rows` is for rows like x [N, I] and a factor [R, I]: few of 16 bits, and not too wide."""
+    return _few_rows(out, factor) and x.shape[1] <= read_rows_kernel.MAX_WIDTH and x.stride(1) == 1
+
+
+def _few_rows(y: Tensor, factor: Tensor) -> bool:
+    sixteen = y.dtype in (torch.bfloat16, torch.float16)
+    return sixteen and kernels_run_on(y.device) and tensor_cores(y) and read_rows_kernel.takes(y, factor)
+
+
+def read_rows(
+    x: Tensor, factor: Tensor, out: Tensor, room: Tensor, norm: Norm | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(s or x, 1/rms or None, P [N, R]); `out` becomes x [N, I], or its norm, or that of s = x + residual, and `room` P = out factorᵀ."""
+    if norm is None:
+        return read_rows_kernel.read_rows(x, factor, out, room)
+    wanted = read_rows_kernel.NormOf(norm.weight, norm.eps, norm.offset, norm.cast)
+    return read_rows_kernel.read_rows(x, factor, out, room, norm=wanted, residual=residual)
+
+
+def rank_rows(y: Tensor, factor: Tensor, room: Tensor, *, keep: bool = False) -> Tensor | None:
+    """`room` [N, R] becomes P = y factorᵀ of y [N, I] and factor [R, I]; P alone if it is to be kept and costs nothing, else None."""
+    if _few_rows(y, factor):
+        return read_rows_kernel.rank_rows(y, factor, room, keep=keep)
+    torch.mm(y, factor.t(), out=room)
+    return None
 
 
 def _into(out: Tensor | None, y: Tensor) -> Tensor:

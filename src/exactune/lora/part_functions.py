@@ -108,7 +108,7 @@ class ProjectionFunction(torch.autograd.Function):
         room = _with_room(x, group.rank)
         y = group.forward(room)
         ctx.group, ctx.trained = group, trained
-        ctx.save_for_backward(x, room.room.clone())
+        ctx.save_for_backward(x, room.rank_part())
         return y
 
     @staticmethod

@@ -69,7 +69,7 @@ def forward(mlp: PlainMlp, x: Roomy) -> tuple[Tensor, KeptPlain]:
     h = Roomy.shaped_as(u, mlp.down.rank)
     h.data.copy_(mlp.function(u))
     m = mlp.down.forward(h)
-    return m, KeptPlain(u, x.room.clone(), h.room.clone())
+    return m, KeptPlain(u, x.rank_part(), h.rank_part())
 
 
 def backward(mlp: PlainMlp, x: Tensor | NormedInput, kept: KeptPlain, dm: Roomy, grads: Grads) -> Tensor:

@@ -52,7 +52,7 @@ class WideMlpFunction(torch.autograd.Function):
         h = _with_room(gated(gate.float(), up.float(), mlp.activation) / root.square(), mlp.down.rank)
         m = mlp.down.forward(h)
         ctx.mlp, ctx.trained = mlp, trained
-        ctx.save_for_backward(x, gate_up, p_gate_up, h.room.clone(), root)
+        ctx.save_for_backward(x, gate_up, p_gate_up, h.rank_part(), root)
         return m.float() * root.square() * mlp.factor
 
     @staticmethod
