@@ -79,7 +79,7 @@ def project_tiles(attention: Attention, batch: Batch, normed: Callable[[slice], 
 
 
 def _rotated(attention: Attention, batch: Batch, packed: Tensor, group: HeadGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """What attention reads of one group: q and k normed and rotated, v as it is."""
+    """q and k of one group normed and rotated, v as it is."""
     heads = _heads(attention, batch, packed)
     q, k, v = (part[:, :, columns] for part, columns in zip(heads, (group.q, group.k, group.k)))
     if not attention.norms():
@@ -87,6 +87,12 @@ def _rotated(attention: Attention, batch: Batch, packed: Tensor, group: HeadGrou
     q_out, k_out = (torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (q, k))
     turn(group.attention, batch, q, k, q_out=q_out, k_out=k_out)
     return q_out, k_out, v if attention.v_norm is None else normed_heads(v, attention.v_norm)
+
+
+def _read(attention: Attention, batch: Batch, packed: Tensor, group: HeadGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """What attention reads of one group: the same, of whole rows."""
+    q, k, v = _rotated(attention, batch, packed, group)
+    return batch.whole_rows(q), batch.whole_rows(k), batch.whole_rows(v)
 
 
 def _stripped(saved: Saved) -> Saved:
@@ -98,13 +104,13 @@ def attend(attention: Attention, batch: Batch, packed: Tensor) -> tuple[Tensor, 
     """(attention's output [B, T, H, D], its log-sum-exp, the rest of what its backward wants for each group of heads)."""
     groups = head_groups(attention, batch)
     if len(groups) == 1:
-        saved = ops.attention_forward(*_rotated(attention, batch, packed, groups[0]), attention, batch)
-        return saved.out, saved.lse, (_stripped(saved),)
+        saved = ops.attention_forward(*_read(attention, batch, packed, groups[0]), attention, batch)
+        return batch.own_results(saved.out), saved.lse, (_stripped(saved),)
     whole = packed.new_empty(batch.rows, batch.tokens, attention.heads, attention.head_dim)
 
     def attend_group(group: HeadGroup) -> tuple[Tensor | None, Saved]:
-        saved = ops.attention_forward(*_rotated(attention, batch, packed, group), group.attention, batch)
-        whole[:, :, group.q] = saved.out
+        saved = ops.attention_forward(*_read(attention, batch, packed, group), group.attention, batch)
+        whole[:, :, group.q] = batch.own_results(saved.out)
         return saved.lse, _stripped(saved)
 
     lses, stripped = zip(*map(attend_group, groups))
@@ -174,12 +180,14 @@ def _group_backward(
 ) -> None:
     index, group = which
     own, columns = group.attention, slice(group.q.start * attention.head_dim, group.q.stop * attention.head_dim)
-    saved = _saved_for(kept, index, group, _rotated(attention, batch, kept.qkv, group), batch)
+    saved = _saved_for(kept, index, group, _read(attention, batch, kept.qkv, group), batch)
     dattended = attention.out.backward_columns(da, columns)
     if attention.gate is not None:
         dattended = output_gate.backward(attention, group.q, dattended, kept.attended, kept.qkv, dpacked.data)
-    dq, dk, dv, *dsinks = ops.attention_backward(dattended.view(batch.rows, batch.tokens, own.heads, own.head_dim), saved)
+    dattended = batch.own_results_back(dattended.view(batch.rows, batch.tokens, own.heads, own.head_dim))
+    dq, dk, dv, *dsinks = ops.attention_backward(dattended, saved)
     del dattended, saved
+    dq, dk, dv = batch.whole_rows_back(dq), batch.whole_rows_back(dk), batch.whole_rows_back(dv)
     # A group goes to its columns by way of a block of its own, and so does what a norm's backward still reads while it writes.
     direct = direct and not (attention.norms() and dpacked.buffer is kept.qkv)
     block = dpacked.data[:, : own.qkv_width] if direct else dq.new_empty(batch.n, own.qkv_width)
@@ -208,4 +216,4 @@ def _saved_for(kept: Kept, index: int, group: HeadGroup, turned: tuple[Tensor, T
         return saved if saved.graph else ops.attention_forward(*turned, group.attention, batch)
     q, k, v = turned
     lse = kept.lse if kept.lse is None or len(kept.attention) == 1 else kept.lse[index]
-    return replace(saved, q=q, k=k, v=v, out=kept.attended[:, :, group.q], lse=lse, sinks=group.attention.sinks)
+    return replace(saved, q=q, k=k, v=v, out=batch.whole_rows(kept.attended[:, :, group.q]), lse=lse, sinks=group.attention.sinks)

@@ -18,6 +18,7 @@ from torch import Tensor
 from exactune.kernels.reference.gated import GateKind
 from exactune.kernels.reference.norm import NormCast
 from exactune.lora.group import Group, Roomy
+from exactune.lora.spread import Spread
 from exactune.memory.policy import WHOLE, Tiling
 
 NormPlace = Literal["heads", "rows", "turned"]  # of q's and k's norms, see `rotation`
@@ -181,6 +182,7 @@ class Batch:
     """What one forward pass of the model shares between its layers.
 
     cos, sin: [1 or B, T, rotary_dim]. `cu_seqlens` int32 [rows + 1] marks the rows of a packed batch (B = 1), `max_seqlen` the longest.
+    `spread`: the tokens (B = 1) are the distinct ones of rows that begin alike.
     """
 
     rows: int
@@ -192,6 +194,7 @@ class Batch:
     deterministic: bool = False
     handed: Roomy | None = None  # the gradient that one layer's backward passes to the next, in its buffer with room
     tiling: Tiling = WHOLE
+    spread: Spread | None = None
 
     @property
     def n(self) -> int:
@@ -201,6 +204,22 @@ class Batch:
         """The rows of [N, ...] that are worked on together, in order."""
         each = self.tiling.tokens or self.n
         return [slice(start, min(start + each, self.n)) for start in range(0, self.n, each)]
+
+    def whole_rows(self, x: Tensor) -> Tensor:
+        """What attention reads [B, T, ...] of the tokens' x: x itself, but where rows begin alike."""
+        return x if self.spread is None else self.spread.whole(x)
+
+    def whole_rows_back(self, d: Tensor) -> Tensor:
+        """The gradient of the tokens from that of the rows that attention reads."""
+        return d if self.spread is None else self.spread.whole_back(d)
+
+    def own_results(self, y: Tensor) -> Tensor:
+        """Of what attention gives [B, T, ...], the result of each token."""
+        return y if self.spread is None else self.spread.own_of(y)
+
+    def own_results_back(self, dy: Tensor) -> Tensor:
+        """The gradient of what attention gives, from that of the tokens' results."""
+        return dy if self.spread is None else self.spread.own_back(dy)
 
     @property
     def tiled(self) -> bool:

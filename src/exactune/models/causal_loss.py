@@ -12,6 +12,7 @@ Small batches that come again in the same shape are recorded and replayed (`repl
 from __future__ import annotations
 
 import functools
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,8 +24,10 @@ from exactune.kernels.linear_cross_entropy import linear_cross_entropy
 from exactune.kernels.reference.cross_entropy import HeadWeights, LossTerms
 from exactune.kernels.token_logprobs import token_logprobs
 from exactune.lora.live import Adapter, Unreadable, read_projection
+from exactune.lora.spread import read
 from exactune.memory.phases import chunk_rows
 from exactune.memory.policy import Policy
+from exactune.models.compact import Compact, compact, draws
 from exactune.models.fused_layer import Shared, causal_mask, packed_rows
 from exactune.models.outputs import CausalLMOutput, Deferred, TokenLogProbs
 from exactune.models.replay import LAUNCH_BOUND, Inputs, Passes, operations_a_token
@@ -162,7 +165,8 @@ class CausalForward:
         if kwargs.get("use_cache") is None:
             kwargs["use_cache"] = False
         shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-        mask = kwargs["attention_mask"] = self._mask(labels, kwargs)
+        given, kwargs["attention_mask"] = kwargs.get("attention_mask"), self._mask(labels, kwargs)
+        mask = kwargs["attention_mask"]
         if packed_rows(mask) is not None and self._replayable(labels, kwargs):
             found = self._replayed(shifted, fused, request, num_items, kwargs)
             if found is not None:
@@ -170,6 +174,9 @@ class CausalForward:
                     return self._per_token(found, labels, num_items)
                 return CausalLMOutput(loss=found[0], logits=Deferred(lambda: self._logits(kwargs)))  # type: ignore[arg-type]
         self._run_eagerly()
+        distinct = self._compact(given, shifted, kwargs) if request else None
+        if distinct is not None:
+            return self._per_token(self._compact_head(distinct, shifted, fused, request, num_items), labels, num_items)
         valid = ValidRows(shifted.reshape(-1))  # asked now, so that the answer is there when the head needs it
         outputs = self.decoder(**kwargs)
         hidden = self.head.as_read(outputs.last_hidden_state)
@@ -197,6 +204,36 @@ class CausalForward:
             loss = linear_cross_entropy(flat, weights, targets, terms, rows=rows, num_items_in_batch=num_items)
         assert isinstance(loss, Tensor)
         return (loss,)
+
+    def _compact(self, mask: Tensor | None, shifted: Tensor, kwargs: dict[str, Any]) -> Compact | None:
+        """The distinct tokens of rows that begin alike, where the model computes the same of them as of the rows."""
+        asked = {name for name, value in kwargs.items() if value is not None and value is not False}
+        if not self.all_fused or not asked <= {"input_ids", "attention_mask", "return_dict"} or not self._takes_positions:
+            return None
+        if (mask is not None and mask.dim() != 2) or (self.model.training and draws(self.model)):
+            return None
+        found = compact(kwargs["input_ids"], mask, shifted)
+        # Padding before a row counts in the positions, which a rotation sees only the distances of; a table of positions need not.
+        return None if found is not None and found.left_padded and self._looks_positions_up else found
+
+    def _compact_head(
+        self, distinct: Compact, shifted: Tensor, fused: FusedHead, request: PerToken | None, num_items: Any
+    ) -> tuple[Tensor, ...]:
+        """`_head` of the rows' positions [B, T], through the distinct tokens alone."""
+        mask = causal_mask(spread=distinct.spread)
+        outputs = self.decoder(input_ids=distinct.ids, attention_mask=mask, position_ids=distinct.positions, use_cache=False)
+        hidden = read(self.head.as_read(outputs.last_hidden_state)[0], distinct.scored)
+        found = self._head(hidden[None], distinct.targets, fused, request, num_items, Rows(static_shapes=True))
+        return tuple(distinct.results(t, shifted.shape) for t in found)
+
+    @functools.cached_property
+    def _takes_positions(self) -> bool:
+        return "position_ids" in inspect.signature(type(self.decoder).forward).parameters
+
+    @functools.cached_property
+    def _looks_positions_up(self) -> bool:
+        """Whether the decoder may have a table of positions: an embedding beside that of the tokens."""
+        return sum(isinstance(module, nn.Embedding) for module in self.decoder.modules()) != 1
 
     def _replayable(self, labels: Tensor, kwargs: dict[str, Any]) -> bool:
         packed = packed_rows(kwargs["attention_mask"])

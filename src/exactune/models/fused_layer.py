@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,21 +16,29 @@ from exactune.lora.group import Group
 from exactune.lora.live import Unreadable
 from exactune.lora.parts import Attention, Batch, Layer, Tiling
 from exactune.lora.rotation import tables_for
+from exactune.lora.spread import Spread
 from exactune.memory.offload import HostStore
 from exactune.memory.policy import KEEP_ALL, RECOMPUTE_LAYER, Policy
 from exactune.models.anatomy.watch import base_of
 
-Rows = tuple[Tensor | None, int | None]  # cu_seqlens and the longest row of a packed batch; two Nones for whole rows
 _ROWS = "exactune_rows"
 
 
-def causal_mask(cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
-    """Stands where a 4-D mask would for "plain causal, or these packed rows", which fused attention knows without a mask.
+class Rows(NamedTuple):
+    """The rows of a batch: of a packed one `cu_seqlens` and the longest, of one whose rows begin alike their `spread`; else whole."""
+
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None
+    spread: Spread | None = None
+
+
+def causal_mask(cu_seqlens: Tensor | None = None, max_seqlen: int | None = None, spread: Spread | None = None) -> Tensor:
+    """Stands where a 4-D mask would for "plain causal, or these rows", which fused attention knows without a mask.
 
     What it says rides on the tensor, so that a layer that is recomputed in the backward pass reads the rows of its own batch.
     """
     mask = torch.zeros(1, 1, 1, 1)
-    setattr(mask, _ROWS, (cu_seqlens, max_seqlen))
+    setattr(mask, _ROWS, Rows(cu_seqlens, max_seqlen, spread))
     return mask
 
 
@@ -52,11 +61,11 @@ class Shared:
 
     def batch(self, attention: Attention, x: Tensor, cos: Tensor | None, sin: Tensor | None, rows: Rows | None) -> Batch:
         """The batch that this attention sees for x [B, T, E]; one object for all alike in a pass, so that nothing is prepared twice."""
-        cu_seqlens, max_seqlen = rows or (None, None)
-        key = (id(cos), id(cu_seqlens), x.shape[:2], attention.rotary_style == "none", attention.tables)
+        cu_seqlens, max_seqlen, spread = rows or Rows()
+        key = (id(cos), id(cu_seqlens), id(spread), x.shape[:2], attention.rotary_style == "none", attention.tables)
         if key not in self._batches:
             tables = tables_for(attention, cos, sin, x)
-            options = {"deterministic": self.deterministic, "tiling": self.tiling}
+            options = {"deterministic": self.deterministic, "tiling": self.tiling, "spread": spread}
             batch = Batch(x.shape[0], x.shape[1], *tables, cu_seqlens, max_seqlen, **options)  # type: ignore[arg-type]
             self._batches[key] = batch, cos  # held, or another tensor could come to have its id
         return self._batches[key][0]
@@ -86,11 +95,8 @@ class FusedLayer:
             return self.strict(hidden_states, *args, **kwargs)
         except Unreadable as why:
             self.shared.stock_calls[str(why)] += 1
-            mask = kwargs.get("attention_mask")
-            if packed_rows(mask) is not None:
-                window, positions = self.parts.attention.window, kwargs.get("position_ids")
-                kwargs["attention_mask"] = stock_mask(self.config, window, hidden_states, positions, mask)
-            return type(self.module).forward(self.module, hidden_states, *args, **kwargs)
+            stock = functools.partial(type(self.module).forward, self.module)
+            return in_stock(stock, self.config, self.parts.attention.window, hidden_states, args, kwargs)
 
     def strict(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The fused forward and nothing else.
@@ -163,11 +169,32 @@ def bind_part(part: Bindable, groups: Sequence[Group], x: Tensor) -> Any:
     return part.bound(x.dtype)
 
 
-def stock_mask(config: Any, window: int | None, x: Tensor, position_ids: Tensor | None, mask: Any) -> Any:
-    """The mask that the stock model would build for one layer in place of `mask`, one of `causal_mask`."""
-    cu_seqlens, _ = packed_rows(mask) or (None, None)
-    if cu_seqlens is not None:
-        starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
+def in_stock(stock: Callable[..., Any], config: Any, window: int | None, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """`stock(x, ...)` of a layer or its attention, given what it knows in place of a `causal_mask`: a mask, and whole rows."""
+    rows = packed_rows(kwargs.get("attention_mask"))
+    if rows is None:
+        return stock(x, *args, **kwargs)
+    if rows.spread is None:
+        mask = stock_mask(config, window, x, kwargs.get("position_ids"), rows)
+        return stock(x, *args, **{**kwargs, "attention_mask": mask})
+    spread = rows.spread
+    places = spread.readers.source.view(spread.rows, spread.tokens).long()
+    whole = {name: kwargs[name][0][places] for name in ("position_ids",) if kwargs.get(name) is not None}
+    if kwargs.get("position_embeddings") is not None:
+        tables = kwargs["position_embeddings"]
+        whole["position_embeddings"] = tables[0][places] if isinstance(tables, Tensor) else tuple(table[0][places] for table in tables)
+    x = x[0][places]
+    whole["attention_mask"] = stock_mask(config, window, x, None, Rows())
+    result = stock(x, *args, **{**kwargs, **whole})
+    first, *more = result if isinstance(result, tuple) else (result,)
+    own = first.flatten(0, 1)[spread.own[:, 0].long()][None]
+    return (own, *more) if isinstance(result, tuple) else own
+
+
+def stock_mask(config: Any, window: int | None, x: Tensor, position_ids: Tensor | None, rows: Rows) -> Any:
+    """The mask that the stock model would build for one layer of these rows, whole or packed."""
+    if rows.cu_seqlens is not None:
+        starts = torch.repeat_interleave(rows.cu_seqlens[:-1], rows.cu_seqlens.diff())
         position_ids = (torch.arange(x.shape[1], device=x.device) - starts.to(x.device))[None]
     elif position_ids is None:
         position_ids = torch.arange(x.shape[1], device=x.device)[None]
