@@ -133,8 +133,9 @@ def trainer_of(kind: str, args: argparse.Namespace, model, folder: str, clock):
     from datasets import Dataset
 
     common = {
+        "gradient_accumulation_steps": 1,  # a peer's trainer has another default
         "output_dir": folder, "max_steps": args.steps + WARM_UP, "per_device_train_batch_size": args.pairs, "max_length": args.tokens,
-        "learning_rate": args.learning_rate, "beta": 0.1, "logging_steps": 1, "report_to": "none", "save_strategy": "no", "gradient_accumulation_steps": 1,
+        "learning_rate": args.learning_rate, "beta": 0.1, "logging_steps": 1, "report_to": "none", "save_strategy": "no",
         "disable_tqdm": True, "bf16": not args.cpu, "use_cpu": args.cpu, "gradient_checkpointing": bool(args.checkpointing), "seed": 1,
         "lr_scheduler_type": "constant", "optim": "adamw_torch" if args.cpu else "adamw_torch_fused",
     }  # fmt: skip
