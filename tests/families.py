@@ -21,6 +21,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 16, "attn_implementation": "eager"},  # sdpa has no softcap
     "phi3": {},
 }
+LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+}
 FAMILIES = tuple(OVERRIDES)  # whole layers
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 OVERRIDES_IN_PARTS: dict[str, dict[str, Any]] = {
@@ -54,6 +63,10 @@ OVERRIDES_IN_PARTS: dict[str, dict[str, Any]] = {
         "key_multiplier": 0.5,
         "attention_out_multiplier": 0.9,
     },
+    # Queries, keys and values by way of narrow projections; positions as a pair of tables, or as complex numbers.
+    "minicpm3": LATENT,
+    "deepseek_v2": {**LATENT, "first_k_dense_replace": 2},
+    "deepseek_v3": {**LATENT, "first_k_dense_replace": 2},
     "mixtral": EXPERTS,
     "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "norm_topk_prob": True},
     "gpt_oss": {**EXPERTS, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "attn_implementation": "eager"},

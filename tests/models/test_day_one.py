@@ -179,6 +179,43 @@ class Valved(Mixer):
         return self.back((out.unflatten(-1, (4, -1)) * gate).flatten(2)), None
 
 
+class Narrowed(nn.Module):
+    """Attention whose keys and values come through one narrow projection; each head's first columns are turned by nobody."""
+
+    louder = 1.0  # of the keys that all heads share
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.hidden_size
+        self.ask, self.squeeze = nn.Linear(width, 4 * 20), nn.Linear(width, 10 + 16, bias=False)
+        self.steady, self.unfold, self.back = Scaler(10), nn.Linear(10, 4 * (4 + 12), bias=False), nn.Linear(4 * 12, width)
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
+        q = self.ask(hidden_states).unflatten(-1, (4, 20)).transpose(1, 2)
+        narrow, shared = self.squeeze(hidden_states).split([10, 16], -1)
+        k, v = self.unfold(self.steady(narrow)).unflatten(-1, (4, 16)).transpose(1, 2).split([4, 12], -1)
+        turned = Mixer.spin(shared[:, None] * self.louder, *position_embeddings).expand(-1, 4, -1, -1)
+        q, k = torch.cat([q[..., :4], Mixer.spin(q[..., 4:], *position_embeddings)], -1), torch.cat([k, turned], -1)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, is_causal=attention_mask is None)
+        return self.back(out.transpose(1, 2).flatten(2)), None
+
+
+def test_an_attention_through_narrow_projections_is_fused():
+    report = same_step(with_parts(Narrowed))
+    assert report.count("attention") == (2, 2), report.summary()
+    assert report.count("norm") == (7, 7)
+
+
+class Louder(Narrowed):
+    louder = 1.001
+
+
+def test_almost_the_same_narrow_attention_is_refused():
+    report = same_step(with_parts(Louder))
+    assert report.count("attention") == (0, 2)
+    assert report.count("projection")[0] == 8, "its projections are fused by themselves"
+
+
 class Damped(Wide):
     """A gated MLP with a factor on its gate and one on its result."""
 

@@ -8,12 +8,20 @@ turned   rotation, then a norm of each head                    (Hunyuan)
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from exactune.lora import ops
 from exactune.lora.parts import Attention, Batch, Norm
+
+
+def cos_and_sin(positions: Any) -> Any:
+    """The positions that a model hands to its layers, those in complex numbers as (cos, sin)."""
+    if isinstance(positions, Tensor) and positions.is_complex():
+        return positions.real, positions.imag
+    return positions
 
 
 def tables_for(attention: Attention, cos: Tensor | None, sin: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:

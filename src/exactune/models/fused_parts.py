@@ -12,14 +12,16 @@ from exactune.lora import ops
 from exactune.lora.experts import Experts
 from exactune.lora.experts_function import ExpertsFunction
 from exactune.lora.group import Group
+from exactune.lora.latent import Latent
 from exactune.lora.live import Unreadable
 from exactune.lora.part_functions import AttentionFunction, MlpFunction, PlainMlpFunction, ProjectionFunction, trained_in
 from exactune.lora.parts import Attention, Mlp, Norm
 from exactune.lora.plain_mlp import PlainMlp
+from exactune.lora.rotation import cos_and_sin
 from exactune.lora.wide_mlp import WideMlpFunction
 from exactune.models.anatomy.experts import routed
 from exactune.models.anatomy.watch import split_activation
-from exactune.models.fused_layer import Shared, as_multiplied, bind_part, in_stock, packed_rows
+from exactune.models.fused_layer import Shared, as_multiplied, bind_part, packed_rows, stock_mask
 
 
 class FusedPart(ABC):
@@ -142,29 +144,38 @@ class FusedProjection(FusedPart):
 class FusedAttention(FusedPart):
     """Self-attention from the layer's normed input to the output projection; `results` is how many values the stock module returns."""
 
-    def __init__(self, module: Any, attention: Attention, shared: Shared, config: Any, results: int):
+    def __init__(self, module: Any, part: Attention | Latent, shared: Shared, config: Any, results: int):
         super().__init__(module, shared)
-        self.attention, self.config, self.results = attention, config, results
+        self.part, self.config, self.results = part, config, results
+
+    @property
+    def attention(self) -> Attention:
+        """What every attention has: scale, window, what is turned and how."""
+        return self.part.core if isinstance(self.part, Latent) else self.part
 
     def groups(self) -> list[Group]:
-        return self.attention.groups()
+        return self.part.groups()
 
     def stock(self, *args: Any, **kwargs: Any) -> Any:
-        x, more, named = split_activation(args, kwargs)
-        if x is None:
-            return super().stock(*args, **kwargs)
-        return in_stock(super().stock, self.config, self.attention.window, x, more, named)
+        mask = kwargs.get("attention_mask")
+        if packed_rows(mask) is not None:
+            x: Any = split_activation(args, kwargs)[0]
+            kwargs["attention_mask"] = stock_mask(self.config, self.attention.window, x, kwargs.get("position_ids"), mask)
+        return super().stock(*args, **kwargs)
 
     def strict(self, *args: Any, **kwargs: Any) -> Any:
         x, more, named = split_activation(args, kwargs)
         if x is None or x.dim() != 3:
             raise Unreadable("attention called in a way of its own")
-        mask, (cos, sin) = self._masked(more, named), named.get("position_embeddings") or (None, None)
+        mask, positions = self._masked(more, named), cos_and_sin(named.get("position_embeddings"))
+        cos, sin = positions or (None, None)
         x = as_multiplied(x, self.groups())
-        attention = bind_part(self.attention, self.groups(), x)
-        batch = self.shared.batch(attention, x, cos, sin, packed_rows(mask))
+        part = bind_part(self.part, self.groups(), x)
+        batch = self.shared.batch(self.attention, x, cos, sin, packed_rows(mask))
+        rows = x.reshape(batch.n, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
-            a = AttentionFunction.apply(attention, batch, x.reshape(batch.n, x.shape[-1]), *trained_in(attention)).view(x.shape)
+            a = part.attend(batch, rows) if isinstance(part, Latent) else AttentionFunction.apply(part, batch, rows, *trained_in(part))
+        a = a.view(x.shape)
         return a if self.results == 1 else (a, *[None] * (self.results - 1))
 
     def _masked(self, more: tuple, named: dict[str, Any]) -> Any:

@@ -11,12 +11,14 @@ import torch
 
 from exactune.lora.experts import Experts
 from exactune.lora.group import Group
+from exactune.lora.latent import Latent
 from exactune.lora.live import Unreadable
 from exactune.lora.parts import Attention, Mlp, Norm
 from exactune.lora.plain_mlp import PlainMlp
 from exactune.lora.stacked import Scratch
 from exactune.models.anatomy.attention import Setting, read_attention
 from exactune.models.anatomy.experts import read_experts
+from exactune.models.anatomy.latent import read_latent
 from exactune.models.anatomy.mlp import read_mlp
 from exactune.models.anatomy.norm import read_norm
 from exactune.models.anatomy.watch import Event, Unrecognised, watch
@@ -130,7 +132,7 @@ class Installer:
 
     def _fused(self, module: Any, reading: Reading | None, event: Event | None, config: Any, shared: Shared | None = None) -> FusedPart:
         shared = shared or self.shared
-        if isinstance(reading, Attention):
+        if isinstance(reading, (Attention, Latent)):
             assert event is not None
             return FusedAttention(module, reading, shared, config, _results(event))
         if isinstance(reading, Norm):
@@ -165,9 +167,10 @@ class Installer:
             copy.eval()
             trace = watch(copy, lambda: event.replay(copy, event.x))
             copy.train()
-            if isinstance(part.reading, Attention):
+            if isinstance(part.reading, (Attention, Latent)):
                 assert isinstance(setting, Setting)
-                reading = read_attention(copy, trace, setting, Scratch())
+                read = read_latent if isinstance(part.reading, Latent) else read_attention
+                reading = read(copy, trace, setting, Scratch())
             else:
                 reading = read_mlp(copy, trace, Scratch())
         return _unmasked(self._fused(copy, reading, event, config, Shared()))

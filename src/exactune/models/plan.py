@@ -11,19 +11,21 @@ from torch import Tensor, nn
 
 from exactune.lora.experts import Experts
 from exactune.lora.group import Group
+from exactune.lora.latent import Latent
 from exactune.lora.live import is_nf4
 from exactune.lora.parts import Attention, Layer, Mlp, Norm
 from exactune.lora.plain_mlp import PlainMlp
 from exactune.lora.stacked import Scratch
 from exactune.models.anatomy.attention import Setting, read_attention
 from exactune.models.anatomy.experts import RoutedEvent, holds_experts, read_experts
+from exactune.models.anatomy.latent import is_latent, read_latent
 from exactune.models.anatomy.layer import read_layer
 from exactune.models.anatomy.mlp import read_mlp
 from exactune.models.anatomy.norm import read_norm
 from exactune.models.anatomy.watch import Event, Trace, Unrecognised, as_dtype, is_projection, watch
 
 Kind = Literal["attention", "recurrent", "mlp", "experts", "norm", "projection"]
-Reading = Attention | Mlp | PlainMlp | Experts | Norm | Group
+Reading = Attention | Latent | Mlp | PlainMlp | Experts | Norm | Group
 
 
 @dataclass
@@ -113,7 +115,8 @@ class Reader:
             raise self.setting
         if self.setting.window is None and getattr(part.module, "sliding_window", None):
             raise Unrecognised("a window that its mask does not show")
-        return read_attention(part.module, self.trace, self.setting, self.scratch)
+        read = read_latent if is_latent(part.module, self.trace) else read_attention
+        return read(part.module, self.trace, self.setting, self.scratch)
 
     def _visit_leaf(self, child: Any, path: str, event: Event) -> list[Part]:
         if event.args or event.kwargs or event.x.shape != event.y.shape or event.x is event.y:
@@ -185,6 +188,8 @@ def _form(reading: Any) -> tuple:
         choices = (bare.heads, bare.kv_heads, bare.head_dim, bare.scale, bare.rotary_style, bare.window, bare.softcap, bare.gate)
         order = bare.order and bare.order.blocks
         return (*choices, order, bare.norm_place, bare.tables, *(_form(norm) for norm in reading.norms()))
+    if isinstance(reading, Latent):
+        return _form(reading.core), reading.plain, reading.values, *(_form(norm) for norm in reading.norms())
     if isinstance(reading, Norm):
         return reading.eps, reading.offset, reading.cast, reading.centred
     if isinstance(reading, Experts):

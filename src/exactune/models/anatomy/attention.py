@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from exactune.kernels.reference.attention import attention as reference_attention
 from exactune.lora.group import Group
 from exactune.lora.parts import Attention, Batch, Norm, NormPlace, Tables
-from exactune.lora.rotation import normed_heads, tables_for, turn
+from exactune.lora.rotation import cos_and_sin, normed_heads, tables_for, turn
 from exactune.lora.stacked import Scratch
 from exactune.models.anatomy.heads import Split, splits_of
 from exactune.models.anatomy.mlp import best, explains, tolerance
@@ -61,7 +61,7 @@ def positions_of(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
     Raises:
         Unrecognised: it was given positions in another form.
     """
-    found = kwargs.get("position_embeddings")
+    found = cos_and_sin(kwargs.get("position_embeddings"))
     if found is None:
         return None
     if type(found) is not tuple or len(found) != 2 or not all(isinstance(t, Tensor) and t.dim() == 3 for t in found):
@@ -149,6 +149,23 @@ class Candidate:
         out = self.split.gated(self.v.repeat_interleave(self.attention.heads // self.attention.kv_heads, 2), self.gate)[:, :1]
         return explains(out.flatten(2), inner[:, :1]) <= 2 * tolerance(inner.dtype)
 
+    def result(self, attention: Attention, batch: Batch) -> Tensor:
+        """What the output projection would read [B, T, H·D], turned and scaled as in `attention`."""
+        q_out, k_out = torch.empty_like(self.q), torch.empty_like(self.k)
+        turn(attention, batch, self.q, self.k, q_out, k_out)
+        options: dict[str, Any] = {"window": attention.window, "softcap": attention.softcap, "sinks": attention.sinks}
+        out = reference_attention(q_out, k_out, self.v, scale=attention.scale, **options)
+        return self.split.gated(out, self.gate).flatten(2)
+
+
+class Hypothesis(Protocol):
+    """Heads whose turn and scale are to be found."""
+
+    @property
+    def attention(self) -> Attention: ...
+
+    def result(self, attention: Attention, batch: Batch) -> Tensor: ...
+
 
 @dataclass
 class Seen:
@@ -157,16 +174,11 @@ class Seen:
     tables: tuple[Tensor, Tensor] | None
     inner: Tensor  # [B, T, H·D]
 
-    def error(self, attention: Attention, heads: Candidate) -> float:
+    def error(self, attention: Attention, heads: Hypothesis) -> float:
         """How far from `inner` this attention of these heads is."""
-        given_cos, given_sin = self.tables or (None, None)
-        cos, sin = tables_for(attention, given_cos, given_sin, self.inner)
-        batch = Batch(self.inner.shape[0], self.inner.shape[1], cos, sin)
-        q_out, k_out = torch.empty_like(heads.q), torch.empty_like(heads.k)
-        turn(attention, batch, heads.q, heads.k, q_out, k_out)
-        options: dict[str, Any] = {"window": attention.window, "softcap": attention.softcap, "sinks": attention.sinks}
-        out = reference_attention(q_out, k_out, heads.v, scale=attention.scale, **options)
-        return explains(heads.split.gated(out, heads.gate).flatten(2), self.inner)
+        cos, sin = self.tables or (None, None)
+        batch = Batch(self.inner.shape[0], self.inner.shape[1], *tables_for(attention, cos, sin, self.inner))
+        return explains(heads.result(attention, batch), self.inner)
 
 
 def _turns(attention: Attention, tables: tuple[Tensor, Tensor] | None) -> bool:
@@ -181,19 +193,22 @@ def manner_of(attention: Attention) -> tuple:
     return attention.rotary_style, attention.tables, attention.softcap, attention.scale
 
 
-def _found(seen: Seen, candidates: list[Candidate], softcaps: Sequence[float | None], scales: list[float], known: set[tuple]) -> Attention:
+Softcaps = Sequence[float | None]
+
+
+def _found(seen: Seen, candidates: Sequence[Hypothesis], softcaps: Softcaps, scales: list[float], known: set[tuple]) -> Attention:
     """The candidate, turned and scaled in the way that explains what was seen; the manners that are `known` go first.
 
     Raises:
         Unrecognised: none does.
     """
-    tries: list[tuple[Attention, Candidate]] = []
+    tries: list[tuple[Attention, Hypothesis]] = []
     for heads, (style, tables), softcap, scale in itertools.product(candidates, TURNS, softcaps, scales):
         attention = replace(heads.attention, rotary_style=style, tables=tables, softcap=softcap, scale=scale)
         if _turns(attention, seen.tables):
             tries.append((attention, heads))
 
-    def closest(some: list[tuple[Attention, Candidate]]) -> Attention:
+    def closest(some: list[tuple[Attention, Hypothesis]]) -> Attention:
         errors = {i: seen.error(*one) for i, one in enumerate(some)}
         return some[best(errors, seen.inner, OWN_FORMULA)][0]
 
@@ -201,6 +216,23 @@ def _found(seen: Seen, candidates: list[Candidate], softcaps: Sequence[float | N
         return closest([one for one in tries if manner_of(one[0]) in known])
     except Unrecognised:
         return closest([one for one in tries if manner_of(one[0]) not in known])
+
+
+def explained(seen: Seen, candidates: Sequence[Hypothesis], module: Any, setting: Setting, head_dim: int) -> Attention:
+    """The attention of the candidate that explains what was seen, with its turn, its scale for heads of `head_dim`, and its softcap.
+
+    Raises:
+        Unrecognised: none does.
+    """
+    own_softcap = [v for k, v in vars(module).items() if "softcap" in k and isinstance(v, float)]
+    softcaps: Softcaps = own_softcap or [None, *setting.softcaps]
+    usual, others = _scales(module, head_dim)
+    try:
+        found = _found(seen, candidates, softcaps, usual, setting.known)
+    except Unrecognised:
+        found = _found(seen, candidates, softcaps, others, setting.known)
+    setting.known.add(manner_of(found))
+    return found
 
 
 @torch.no_grad()
@@ -228,15 +260,7 @@ def read_attention(module: Any, trace: Trace, setting: Setting, scratch: Scratch
         attention = _with_norms(_bare(split, roles, setting, scratch), split.projections, norms)
         if attention is not None and (candidate := Candidate.of(split, attention, made)).first_token_fits(inner):
             candidates.append(candidate)
-    own_softcap = [v for k, v in vars(module).items() if "softcap" in k and isinstance(v, float)]
-    softcaps: Sequence[float | None] = own_softcap or [None, *setting.softcaps]
-    usual, others = _scales(module, head_dim)
-    try:
-        found = _found(seen, candidates, softcaps, usual, setting.known)
-    except Unrecognised:
-        found = _found(seen, candidates, softcaps, others, setting.known)
-    setting.known.add(manner_of(found))
-    return found
+    return explained(seen, candidates, module, setting, head_dim)
 
 
 def _bare(split: Split, roles: Roles, setting: Setting, scratch: Scratch) -> Attention:
