@@ -8,6 +8,7 @@ import torch
 from exactune.errors import ConfigError, DeviceError
 from exactune.memory.plan import Plan
 from exactune.memory.policy import policies
+from exactune.memory.shape import Shape
 from exactune.models import auto_plan
 from exactune.models.accelerate import accelerate, undo
 from exactune.models.checkpointing import apply_checkpointing
@@ -79,7 +80,7 @@ def test_what_fits_under_no_plan_is_an_error_before_the_pass():
 
 
 def test_an_architecture_that_is_not_counted_is_the_trainers(caplog, monkeypatch):
-    monkeypatch.setattr(auto_plan.Shape, "of", lambda config: (_ for _ in ()).throw(ConfigError("The memory of it cannot be planned.")))
+    monkeypatch.setattr(Shape, "of", lambda config: (_ for _ in ()).throw(ConfigError("The memory of it cannot be planned.")))
     model = planned_model()
     with caplog.at_level(logging.INFO):
         for _ in range(2):

@@ -20,11 +20,13 @@ from exactune.models.causal_loss import CausalForward
 from exactune.models.fused_layer import Shared
 from exactune.models.fused_parts import FusedNorm
 from exactune.models.head import read_head
+from exactune.models.hosted import host_embedding
 from exactune.models.install import Fused, Installer, every_attention_fused, groups_of, whole_layers
 from exactune.models.notes import base_model, bind, unbind
 from exactune.models.observe import blocks_of, decoder_of, observe, takes_causal_mask
 from exactune.models.replay import Passes
 from exactune.models.report import Report
+from exactune.models.stock_head import DecoderForward
 from exactune.models.wide_stream import WideStream, leaves_range
 
 
@@ -38,6 +40,7 @@ class Acceleration:
     installed: list[Fused] = field(default_factory=list)  # forwards of ours
     hooks: list[Any] = field(default_factory=list)
     head: CausalForward | None = None
+    decoder: DecoderForward | None = None  # in the head's place, where that stays stock
     wide: WideStream | None = None
 
 
@@ -47,6 +50,8 @@ _ACTIVE: weakref.WeakKeyDictionary[nn.Module, Acceleration] = weakref.WeakKeyDic
 def accelerate(model: Any, *, verify: bool = True, deterministic: bool = False, cuda_graphs: bool = True, layers: bool = True) -> Report:
     """Swap the fast parts into `model`, a causal language model of transformers, with or without PEFT adapters.
 
+    A decoder with another head (a reward model's, a classifier's) gets fast layers too; such a head stays stock.
+
     One layer or part of each distinct signature is compared with its stock form, in outputs and gradients (`verify=False` skips
     that); what is not recognised or does not pass stays stock and is named in the report. `deterministic` keeps to attention
     backends that give the same bits twice. `cuda_graphs` lets small batches that come again in the same shape be recorded and
@@ -54,10 +59,10 @@ def accelerate(model: Any, *, verify: bool = True, deterministic: bool = False, 
     Calling it again starts afresh from the stock model.
 
     Raises:
-        ModelError: `model` is no causal language model of transformers.
+        ModelError: `model` is no causal language model of transformers, and no decoder with another head.
     """
     base = base_model(model)
-    if not hasattr(base, "get_decoder") or base.get_output_embeddings() is None:
+    if not _has_decoder(base):
         raise ModelError(f"{type(base).__name__} is no causal language model.", "Pass a transformers model with a language-model head.")
     undo(model)
     decoder = decoder_of(base)
@@ -85,6 +90,14 @@ def accelerate(model: Any, *, verify: bool = True, deterministic: bool = False, 
     return state.report
 
 
+def _has_decoder(base: Any) -> bool:
+    """Whether there are layers under a head: the usual one of a language model, or another."""
+    if not hasattr(base, "get_decoder"):
+        return False
+    decoder = decoder_of(base)
+    return base.get_output_embeddings() is not None or (decoder is not base and bool(blocks_of(decoder)))
+
+
 def report_of(model: Any) -> Report | None:
     """The report of the acceleration that is on `model`, or None for a stock model."""
     state = _ACTIVE.get(base_model(model))
@@ -109,6 +122,10 @@ def _install(base: Any, decoder: Any, blocks: list[Any], state: Acceleration, *,
         installer = Installer(seen, state.shared, state.scratch, state.report, verify, wide, installed=state.installed)
         installer.install(base.config.get_text_config(), "layers")
         _install_final_norms(decoder, state)
+    bind(base, save_pretrained=_save_pretrained)
+    if base.get_output_embeddings() is None:
+        _install_under_stock_head(base, decoder, len(blocks), state)
+        return
     head, why = read_head(base, decoder)
     if head is None:
         state.report.add("head", "head", why)
@@ -117,9 +134,15 @@ def _install(base: Any, decoder: Any, blocks: list[Any], state: Acceleration, *,
     state.head = CausalForward(base, decoder, head, state.shared, whole_layers(state.installed), all_fused=everyone)
     base.forward = state.head
     state.hooks.append(base.register_forward_pre_hook(state.head.take_over_request, with_kwargs=True))
-    bind(base, save_pretrained=_save_pretrained)
     state.report.head = "fused"
     state.report.add("head", "head")
+
+
+def _install_under_stock_head(base: Any, decoder: Any, layers: int, state: Acceleration) -> None:
+    state.report.add("head", "head", "a head that is no language model's")
+    everyone = every_attention_fused(state.report, state.installed, layers) and takes_causal_mask(base, decoder)
+    state.decoder = DecoderForward(decoder, state.shared, whole_layers(state.installed), all_fused=everyone)
+    decoder.forward = state.decoder
 
 
 def _install_final_norms(decoder: Any, state: Acceleration) -> None:
@@ -145,8 +168,11 @@ def _take_back(base: Any, state: Acceleration) -> None:
         vars(fused.module).pop("forward", None)
     if state.wide is not None:
         state.wide.undo()
+    if state.decoder is not None:
+        vars(state.decoder.module).pop("forward", None)
     for hook in state.hooks:
         hook.remove()
+    host_embedding(base, False)
     unbind(base, "save_pretrained")
     if state.head is not None:
         state.head.active = False  # a trainer may hold it inside a wrapper of its own

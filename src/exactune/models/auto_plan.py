@@ -19,8 +19,7 @@ from exactune.memory.mends import chosen
 from exactune.memory.phases import Step
 from exactune.memory.plan import GIB, Plan
 from exactune.memory.policy import OFFLOAD, WHOLE
-from exactune.memory.shape import Shape
-from exactune.models.memory import apply_choices, apply_policies, fused_layers, job_of
+from exactune.models.memory import apply_choices, apply_policies, fused_layers, job_of, shape_of
 from exactune.models.notes import base_model, notes_of
 
 logger = logging.getLogger(__name__)
@@ -83,7 +82,7 @@ class AutoPlan:
 
     def step(self, model: Any, rows: int, tokens: int) -> Step:
         """A step of this size, or of the plan's where that is larger."""
-        shape, job = Shape.of(base_model(model).config), job_of(model, **self._job)
+        shape, job = shape_of(model), job_of(model, **self._job)
         if self.plan is not None:
             n, tokens = max(rows * tokens, self.plan.step.n), max(tokens, self.plan.step.tokens)
             rows = -(-n // tokens)

@@ -118,7 +118,7 @@ class Run:
                 accelerate(self.model, layers=False)
                 return "the loss, without logits of what is not learned; stock torch otherwise"
             return accelerate(self.model, deterministic=config.deterministic, cuda_graphs=config.cuda_graphs).summary()
-        except ModelError as error:  # a reward model, which has no language-model head
+        except ModelError as error:  # no decoder under its head
             return f"nothing: stock torch ({error.problem.rstrip('.')})"
 
     def _plan_memory(self) -> None:
