@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import grouped_mm as torch_mm
 
 from exactune.kernels.gated import gated_forward
-from exactune.kernels.grouped_mm import Tiles, grouped_mm
+from exactune.kernels.grouped_mm import Tiles, grouped_mm, tile_table
 from exactune.kernels.grouped_outer import grouped_outer
-from exactune.kernels.grouped_rows import combine, gather, routed_gated_backward
+from exactune.kernels.grouped_rows import combine, routed_gated_backward
 from exactune.kernels.reference.gated import GateKind
 from exactune.kernels.routing import Routing, route
 from make_random_moe import SHAPES
@@ -67,22 +68,27 @@ def block_of(shape: str, tokens: int) -> Block:
     return Block(transposed, index, route(index, experts), up, down, x, both, h, y)
 
 
-def time_product(name: str, x: Tensor, w: Tensor, routing: Routing, rows: Tensor | None, **options: Any) -> None:
-    """One line for our kernel and one for torch's."""
+def time_product(name: str, x: Tensor, w: Tensor, routing: Routing, table: Tensor, rows: Tensor | None, **more: Any) -> None:
+    """One line for our kernel and one for torch's, which gathers first and adds nothing."""
     teraflops = 2 * routing.rows.shape[0] * w.shape[1] * w.shape[2] / 1e12
-    for kind, library in (("ours", False), ("torch", True)):
-        run = functools.partial(grouped_mm, x, w, routing.offsets, rows=rows, library=library, **options)
-        report(f"{name}, {kind}", run, teraflops=teraflops)
+    ours = functools.partial(grouped_mm, x, w, routing.offsets, rows=rows, library=False, table=table, **more)
+    report(f"{name}, ours", ours, teraflops=teraflops)
+    report(f"{name}, torch", lambda: torch_mm(x if rows is None else x[rows], w, offs=routing.offsets), teraflops=teraflops)
 
 
 def time_products(b: Block) -> None:
     rows = b.routing.rows
-    time_product("up, gathered [H -> 2F]", b.x, b.up, b.routing, rows)
-    time_product("down [F -> H]", b.h, b.down, b.routing, None)
-    time_product("down's backward, gathered [H -> F]", b.x, b.down.mT, b.routing, rows)
-    time_product("up's backward [2F -> H]", b.both, b.up.mT, b.routing, None)
-    low, high = normal(rows.shape[0], RANK), normal(b.up.shape[0], RANK, b.up.shape[2])
-    time_product("up, gathered, and its adapter", b.x, b.up, b.routing, rows, p=low, b=high)
+    table = tile_table(b.routing.offsets, len(rows))
+    report("table of tiles", lambda: tile_table(b.routing.offsets, len(rows)))
+    low, up_high, down_high = (
+        normal(*s) for s in ((len(rows), RANK), (len(b.up), b.up.shape[2], RANK), (len(b.up), b.down.shape[2], RANK))
+    )
+    time_product("up, gathered [H -> 2F]", b.x, b.up, b.routing, table, rows)
+    time_product("down [F -> H]", b.h, b.down, b.routing, table, None)
+    time_product("down's backward, gathered [H -> F]", b.x, b.down.mT, b.routing, table, rows)
+    time_product("up's backward [2F -> H]", b.both, b.up.mT, b.routing, table, None)
+    time_product("up, gathered, and its adapter", b.x, b.up, b.routing, table, rows, p=low, b=up_high.mT)
+    time_product("down and its adapter", b.h, b.down, b.routing, table, None, p=low, b=down_high.mT)
 
 
 def sweep(b: Block) -> None:
@@ -111,7 +117,6 @@ def time_passes(b: Block) -> None:
     kind: GateKind = "clamped_swiglu" if b.transposed else "swiglu"
     dboth = torch.empty_like(b.both)
     (gate, up), (dgate, dup) = (((t[:, ::2], t[:, 1::2]) if b.transposed else (t[:, :inner], t[:, inner:])) for t in (b.both, dboth))
-    report("rows gathered", lambda: gather(b.x, b.routing.rows), gigabytes=2 * S * b.x.shape[1] * BYTES)
     report("route", lambda: route(b.index, b.up.shape[0]))
     report("activation", lambda: gated_forward(gate, up, kind), gigabytes=3 * S * inner * BYTES)
     report(

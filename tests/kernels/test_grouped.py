@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from exactune.kernels import reference
-from exactune.kernels.grouped_mm import grouped_mm
+from exactune.kernels.grouped_mm import grouped_mm, tile_rows, tile_table
 from exactune.kernels.grouped_outer import grouped_outer
-from exactune.kernels.grouped_rows import combine, gather, routed_gated_backward
+from exactune.kernels.grouped_rows import combine, routed_gated_backward
 from exactune.kernels.reference import grouped as plain
 from exactune.kernels.routing import route
 from parity import assert_parity, in_wide
@@ -36,6 +36,19 @@ def test_routing_sorts_every_choice_once(device, tokens, experts, choices):
     assert torch.equal(routing.rows.long(), routing.order // choices)
     assert torch.equal(routing.order[routing.slots.flatten().long()], torch.arange(tokens * choices, device=device))
     assert torch.equal(routing.offsets.long(), torch.bincount(flat, minlength=experts).cumsum(0))
+
+
+@pytest.mark.parametrize("tokens, experts, choices", ROUTES)
+def test_every_row_is_in_one_tile_of_its_expert(device, tokens, experts, choices):
+    index, routing = some_routing(tokens, experts, choices, device)
+    by_expert = index.flatten().sort().values.tolist()
+    found = []
+    for expert, first, end in tile_table(routing.offsets, tokens * choices).tolist():
+        if expert < experts:
+            rows = range(first, min(end, first + tile_rows(tokens * choices, experts)))
+            assert len(rows) and all(by_expert[row] == expert for row in rows)
+            found += rows
+    assert found == list(range(tokens * choices))
 
 
 @pytest.mark.parametrize("gather, with_bias, rank, transposed", [(True, False, 0, True), (False, True, 4, False), (True, True, 70, True)])
@@ -83,22 +96,6 @@ def test_grouped_outer_in_a_dtype_of_its_own(device):
     found = grouped_outer(a, b, routing.offsets, dtype=torch.float16)
     assert found.dtype is torch.float16
     torch.testing.assert_close(found, plain.grouped_outer(a, b, routing.offsets).half(), rtol=2e-3, atol=2e-3)
-
-
-def test_gather(device, dtype):
-    _, routing = some_routing(30, 5, 3, device)
-    x = in_wide(normal(30, 72).to(device, dtype))
-    assert torch.equal(gather(x, routing.rows), x[routing.rows.long()])
-
-
-def test_a_low_rank_part_and_a_bias_on_top_of_another_product(device, monkeypatch):
-    """As where torch makes the wide product: its part is taken by the reference here, which runs everywhere."""
-    monkeypatch.setattr(torch.nn.functional, "grouped_mm", lambda x, w, offs: plain.grouped_mm(x, w, offs), raising=False)
-    _, routing = some_routing(63, 5, 3, device)
-    x, w, bias, p, b = (t.to(device) for t in (normal(63, 40), normal(5, 40, 150), normal(5, 150), normal(189, 20), normal(5, 20, 150)))
-    options = {"rows": routing.rows, "bias": bias, "p": p, "b": b}
-    found = grouped_mm(x, w, routing.offsets, library=True, **options)
-    torch.testing.assert_close(found, plain.grouped_mm(x, w, routing.offsets, **options), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

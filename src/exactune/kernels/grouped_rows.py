@@ -1,6 +1,5 @@
-"""The passes of a mixture of experts between its products: rows gathered, a token's choices summed up, the activation's backward.
+"""The passes of a mixture of experts between its products: a token's choices summed up, the activation's backward.
 
-    gather                  out_s = x_row(s)                                                  [N, H] -> [S, H]
     combine                 out_n = sum over the choices j of  w_nj y_slot(n, j)              [S, H] -> [N, H]
     routed_gated_backward   with dh the gradient of an expert's h before the routing weight w is applied:
 
@@ -8,7 +7,7 @@
 
 The gradient of w holds because out = w (h W): dw = dout · (h W) = (dout Wᵀ) · h, so the down projection's result, the largest tensor of
 the block, is not kept for the router's gradient; neither is h, which is computed again. Sums are float32, of one order, without atomics.
-Bytes: gather writes S H and reads N H once, and from the cache after; combine reads S H and writes N H; the backward reads 3 S F and
+Bytes: combine reads S H and writes N H; the backward reads 3 S F and
 writes 2 S F (3 with h, which may overwrite dh).
 """
 
@@ -25,25 +24,6 @@ from exactune.kernels.reference.gated import GateKind
 
 BLOCK = 1024
 WARPS = 4
-
-
-@triton.jit
-def _gather_kernel(x_ptr, rows_ptr, out_ptr, x_stride, out_stride, H, BLOCK_H: tl.constexpr):
-    s = tl.program_id(0).to(tl.int64)
-    offs = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    row = tl.load(rows_ptr + s).to(tl.int64)
-    tl.store(out_ptr + s * out_stride + offs, tl.load(x_ptr + row * x_stride + offs, mask=offs < H), mask=offs < H)
-
-
-def gather(x: Tensor, rows: Tensor) -> Tensor:
-    """`x[rows]` [S, H] of x [N, H] in any row stride."""
-    S, H = rows.shape[0], x.shape[1]
-    out = torch.empty(S, H, dtype=x.dtype, device=x.device)
-    if out.numel():
-        block = min(2 * BLOCK, max(16, next_power_of_2(H)))
-        with on_device(x):
-            _gather_kernel[(S, triton.cdiv(H, block))](x, rows, out, x.stride(0), out.stride(0), H, BLOCK_H=block, num_warps=WARPS)
-    return out
 
 
 @triton.jit
@@ -75,28 +55,59 @@ def combine(y: Tensor, slots: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 @triton.jit
+def _load_halves(gate_ptr, up_ptr, gate_step, up_step, start, F, PAIRS: tl.constexpr, BLOCK_F: tl.constexpr):
+    """gate and up from `start` on in float32; pairs side by side are loaded whole, each cache line once."""
+    if PAIRS:
+        both = 2 * start + tl.arange(0, 2 * BLOCK_F)
+        gate, up = tl.split(tl.load(gate_ptr + both, mask=both < 2 * F, other=0.0).reshape(BLOCK_F, 2))
+    else:
+        offs = start + tl.arange(0, BLOCK_F)
+        gate = tl.load(gate_ptr + offs * gate_step, mask=offs < F, other=0.0)
+        up = tl.load(up_ptr + offs * up_step, mask=offs < F, other=0.0)
+    return gate.to(tl.float32), up.to(tl.float32)
+
+
+@triton.jit
+def _store_halves(gate, up, gate_ptr, up_ptr, gate_step, up_step, start, F, PAIRS: tl.constexpr, BLOCK_F: tl.constexpr):
+    gate, up = gate.to(gate_ptr.dtype.element_ty), up.to(up_ptr.dtype.element_ty)
+    if PAIRS:
+        both = 2 * start + tl.arange(0, 2 * BLOCK_F)
+        tl.store(gate_ptr + both, tl.interleave(gate, up), mask=both < 2 * F)
+    else:
+        offs = start + tl.arange(0, BLOCK_F)
+        tl.store(gate_ptr + offs * gate_step, gate, mask=offs < F)
+        tl.store(up_ptr + offs * up_step, up, mask=offs < F)
+
+
+@triton.jit
 def _routed_gated_bwd_kernel(
     dh_ptr, gate_ptr, up_ptr, weights_ptr, dgate_ptr, dup_ptr, h_ptr, dw_ptr,
     dh_stride, gate_stride, up_stride, dgate_stride, dup_stride, h_stride, gate_step, up_step, dgate_step, dup_step, F,
-    KIND: tl.constexpr, BLOCK_F: tl.constexpr,
+    KIND: tl.constexpr, PAIRS: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    gate_ptr, up_ptr = gate_ptr + row * gate_stride, up_ptr + row * up_stride
+    dgate_ptr, dup_ptr = dgate_ptr + row * dgate_stride, dup_ptr + row * dup_stride
     weight = tl.load(weights_ptr + row).to(tl.float32)
     dw = tl.zeros([BLOCK_F], dtype=tl.float32)
     for start in range(0, F, BLOCK_F):
         offs = start + tl.arange(0, BLOCK_F)
         mask = offs < F
         dh = tl.load(dh_ptr + row * dh_stride + offs, mask=mask, other=0.0).to(tl.float32)
-        gate = tl.load(gate_ptr + row * gate_stride + offs * gate_step, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + row * up_stride + offs * up_step, mask=mask, other=0.0).to(tl.float32)
+        gate, up = _load_halves(gate_ptr, up_ptr, gate_step, up_step, start, F, PAIRS, BLOCK_F)
         h, to_gate, to_up = gated_tile(gate, up, KIND)
         dw += dh * h  # zero where masked: dh is
         dh *= weight
-        tl.store(dgate_ptr + row * dgate_stride + offs * dgate_step, (dh * to_gate).to(dgate_ptr.dtype.element_ty), mask=mask)
-        tl.store(dup_ptr + row * dup_stride + offs * dup_step, (dh * to_up).to(dup_ptr.dtype.element_ty), mask=mask)
+        _store_halves(dh * to_gate, dh * to_up, dgate_ptr, dup_ptr, dgate_step, dup_step, start, F, PAIRS, BLOCK_F)
         if h_ptr is not None:
             tl.store(h_ptr + row * h_stride + offs, h.to(h_ptr.dtype.element_ty), mask=mask)
     tl.store(dw_ptr + row, tl.sum(dw, 0))
+
+
+def _side_by_side(first: Tensor, second: Tensor) -> bool:
+    """True for two halves of one tensor that alternate column by column, `first` first."""
+    steps = first.stride() == second.stride() and first.stride(1) == 2
+    return steps and second.data_ptr() - first.data_ptr() == first.element_size()
 
 
 def routed_gated_backward(
@@ -108,13 +119,14 @@ def routed_gated_backward(
     """
     S, F = dh.shape
     dw = torch.empty(S, dtype=torch.float32, device=dh.device)
+    pairs = _side_by_side(gate, up) and _side_by_side(dgate_out, dup_out)
     if S:
         with on_device(dh):
             _routed_gated_bwd_kernel[(S,)](
                 dh, gate, up, weights, dgate_out, dup_out, h_out, dw,
                 dh.stride(0), gate.stride(0), up.stride(0), dgate_out.stride(0), dup_out.stride(0), row_stride(h_out),
                 gate.stride(1), up.stride(1), dgate_out.stride(1), dup_out.stride(1), F,
-                KIND=kind, BLOCK_F=min(BLOCK, max(16, next_power_of_2(F))), num_warps=WARPS,
+                KIND=kind, PAIRS=pairs, BLOCK_F=min(BLOCK, max(16, next_power_of_2(F))), num_warps=WARPS,
             )  # fmt: skip
     return dw
 
@@ -125,15 +137,13 @@ def _aot(kind: GateKind, step: int) -> Aot:
         "dh_stride gate_stride up_stride dgate_stride dup_stride h_stride F", dw_ptr="*fp32",
     )  # fmt: skip
     steps = dict.fromkeys(("gate_step", "up_step", "dgate_step", "dup_step"), step)
-    shape = {"KIND": kind, "BLOCK_F": BLOCK, **steps}
+    shape = {"KIND": kind, "BLOCK_F": BLOCK, "PAIRS": step == 2, **steps}
     return Aot(f"routed_gated_bwd {kind}", _routed_gated_bwd_kernel, signature, shape, WARPS, allowed_spill=0)
 
 
 _COMBINE = signature_of("y_ptr weights_ptr out_ptr", "y_stride out_stride H", slots_ptr="*i32")
 _KINDS: tuple[tuple[GateKind, int], ...] = (("swiglu", 1), ("geglu_tanh", 1), ("geglu_erf", 1), ("clamped_swiglu", 2))
-_GATHER = signature_of("x_ptr out_ptr", "x_stride out_stride H", rows_ptr="*i32")
 AOT = [
-    Aot("gather", _gather_kernel, _GATHER, {"BLOCK_H": 2 * BLOCK}, WARPS, allowed_spill=0),
     Aot("combine", _combine_kernel, _COMBINE, {"CHOICES": 8, "BLOCK_H": BLOCK}, WARPS, allowed_spill=0),
     Aot("combine unweighted", _combine_kernel, _COMBINE, {"CHOICES": 4, "BLOCK_H": BLOCK, "weights_ptr": None}, WARPS, allowed_spill=0),
     *(_aot(kind, step) for kind, step in _KINDS),

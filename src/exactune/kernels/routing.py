@@ -6,24 +6,24 @@ of every sum is fixed; nothing here waits for the GPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Routing:
+class Routing(NamedTuple):
     """One assignment of tokens to experts.
 
     offsets: [E] int32, where the run of each expert ends. order: [S], the flat choice (token k + j) of each slot. rows: [S] int32, its
-    token. slots: [N, k] int32, the slot of each choice.
+    token. slots: [N, k] int32, the slot of each choice. table: [T, 3] int32, `grouped_mm.tile_table` of them, where kernels run.
     """
 
     offsets: Tensor
     order: Tensor
     rows: Tensor
     slots: Tensor
+    table: Tensor | None = None
 
 
 def route(index: Tensor, experts: int) -> Routing:

@@ -92,17 +92,17 @@ class ExpertLinear:
         """(y [S, out], P = x Aᵀ [S, R]) of x gathered by `rows`, or of x [S, in] as it is."""
         bias = None if self.bias is None else self.bias.detach()
         if self.a is None or self.b is None:
-            return ops.grouped_mm(x, self.weight, routing.offsets, rows=rows, bias=bias), None
-        p = ops.grouped_mm(x, self.a.transpose(1, 2), routing.offsets, rows=rows)
-        return ops.grouped_mm(x, self.weight, routing.offsets, rows=rows, bias=bias, p=p, b=self.b.transpose(1, 2)), p
+            return ops.grouped_mm(x, self.weight, routing, rows=rows, bias=bias), None
+        p = ops.grouped_mm(x, self.a.transpose(1, 2), routing, rows=rows)
+        return ops.grouped_mm(x, self.weight, routing, rows=rows, bias=bias, p=p, b=self.b.transpose(1, 2)), p
 
     def backward(self, dy: Tensor, routing: Routing, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(dx [S, in], P' = dy s·B [S, R]) of dy gathered by `rows`, or of dy [S, out] as it is."""
         weight = self.weight.transpose(1, 2)
         if self.a is None or self.b is None:
-            return ops.grouped_mm(dy, weight, routing.offsets, rows=rows), None
-        p = ops.grouped_mm(dy, self.b, routing.offsets, rows=rows)
-        return ops.grouped_mm(dy, weight, routing.offsets, rows=rows, p=p, b=self.a), p
+            return ops.grouped_mm(dy, weight, routing, rows=rows), None
+        p = ops.grouped_mm(dy, self.b, routing, rows=rows)
+        return ops.grouped_mm(dy, weight, routing, rows=rows, p=p, b=self.a), p
 
     def record(self, grads: Grads, x: Side, dy: Side, routing: Routing, scale: Tensor | None = None) -> None:
         """Note the gradients of what is trained here; each slot counts `scale` [S] times."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from exactune.kernels.routing import Routing, route
+from exactune.kernels.routing import Routing
 from exactune.lora import experts_ops as ops
 from exactune.lora.experts import Experts, Side
 from exactune.lora.gradients import Grads
@@ -34,13 +34,13 @@ class ExpertsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, experts: Experts, x: Tensor, index: Tensor, weights: Tensor, *trained: Tensor) -> Tensor:
         weights = weights.contiguous()
-        routing = route(index, experts.down.parameter.shape[0])
+        routing = ops.routed(index, experts.down.parameter.shape[0])
         both, p = experts.gate_up.forward(x, routing, routing.rows)
         h = ops.gated_forward(*experts.halves(both), experts.activation)
         y, p_down = experts.down.forward(h, routing, None)
         out = ops.combine(y, routing.slots, weights)
         ctx.experts, ctx.trained = experts, trained
-        ctx.save_for_backward(x, index, weights, both, p, p_down, routing.offsets, routing.order, routing.rows, routing.slots)
+        ctx.save_for_backward(x, index, weights, both, p, p_down, *routing)
         return out
 
     @staticmethod

@@ -13,6 +13,7 @@ from exactune.kernels.reference import gated as reference_gated
 from exactune.kernels.reference import grouped as reference
 from exactune.kernels.reference import nf4 as reference_nf4
 from exactune.kernels.reference.gated import GateKind
+from exactune.kernels.routing import Routing, route
 
 if has_triton():
     from exactune.kernels import gated, grouped_rows, nf4
@@ -20,10 +21,19 @@ if has_triton():
     from exactune.kernels import grouped_outer as grouped_outer_kernel
 
 
-def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, **options: Any) -> Tensor:
+def routed(index: Tensor, experts: int) -> Routing:
+    """The routing of `index` [N, k], the experts that each token was sent to, and where kernels run the table of its tiles."""
+    routing = route(index, experts)
+    if not kernels_run_on(index.device):
+        return routing
+    return routing._replace(table=grouped_mm_kernel.tile_table(routing.offsets, routing.rows.shape[0]))
+
+
+def grouped_mm(x: Tensor, w: Tensor, routing: Routing, **options: Any) -> Tensor:
     """`x[rows] w_e + p b_e + bias_e` for the rows of each expert; see `reference.grouped.grouped_mm`."""
-    call = grouped_mm_kernel.grouped_mm if kernels_run_on(x.device) else reference.grouped_mm
-    return call(x, w, offsets, **options)
+    if kernels_run_on(x.device):
+        return grouped_mm_kernel.grouped_mm(x, w, routing.offsets, table=routing.table, **options)
+    return reference.grouped_mm(x, w, routing.offsets, **options)
 
 
 def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor, **options: Any) -> Tensor:
