@@ -28,9 +28,11 @@ from exactune.lora.spread import read
 from exactune.memory.phases import chunk_rows
 from exactune.memory.policy import Policy
 from exactune.models.compact import Compact, compact, draws
-from exactune.models.fused_layer import Shared, causal_mask, packed_rows
-from exactune.models.outputs import CausalLMOutput, Deferred, TokenLogProbs
+from exactune.models.fused_layer import Shared
+from exactune.models.outputs import CausalLMOutput, Deferred
+from exactune.models.per_token import mean_logits, per_token, stock_per_token
 from exactune.models.replay import LAUNCH_BOUND, Inputs, Passes, operations_a_token
+from exactune.models.rows import causal_mask, mask_of_positions, only_right_padding, packed_rows
 from exactune.models.trl_request import PerToken, request_of
 
 
@@ -105,7 +107,7 @@ class CausalForward:
             if fused is None:
                 self._run_eagerly()
             if fused is None and request and labels is not None:
-                return self._stock_per_token(labels, request, **kwargs)
+                return stock_per_token(self.model, labels, request, **kwargs)
             if fused is None:
                 stock = {"labels": labels} if labels is not None else {}
                 return type(self.model).forward(self.model, *args, **stock, **kwargs)
@@ -171,19 +173,19 @@ class CausalForward:
             found = self._replayed(shifted, fused, request, num_items, kwargs)
             if found is not None:
                 if request:
-                    return self._per_token(found, labels, num_items)
+                    return per_token(found, labels, num_items)
                 return CausalLMOutput(loss=found[0], logits=Deferred(lambda: self._logits(kwargs)))  # type: ignore[arg-type]
         self._run_eagerly()
         distinct = self._compact(given, shifted, kwargs) if request else None
         if distinct is not None:
-            return self._per_token(self._compact_head(distinct, shifted, fused, request, num_items), labels, num_items)
+            return per_token(self._compact_head(distinct, shifted, fused, request, num_items), labels, num_items)
         valid = ValidRows(shifted.reshape(-1))  # asked now, so that the answer is there when the head needs it
         outputs = self.decoder(**kwargs)
         hidden = self.head.as_read(outputs.last_hidden_state)
         found = self._head(hidden, shifted, fused, request, num_items, Rows(valid))
         rest = {name: getattr(outputs, name, None) for name in ("hidden_states", "attentions", "past_key_values")}
         if request:
-            return self._per_token(found, labels, num_items, **rest)
+            return per_token(found, labels, num_items, **rest)
         return CausalLMOutput(loss=found[0], logits=Deferred(lambda: self.head.logits(hidden)), **rest)  # type: ignore[arg-type]
 
     def _head(
@@ -199,7 +201,7 @@ class CausalForward:
             if request:
                 terms = replace(terms, logit_scale=terms.logit_scale / request.temperature)
                 found = token_logprobs(flat, weights, targets, terms, rows=rows)
-                mean = (_mean_logits(flat, weights, terms.logit_scale),) if request.mean_logits else ()
+                mean = (mean_logits(flat, weights, terms.logit_scale),) if request.mean_logits else ()
                 return tuple(t.view(shifted.shape) for t in (*found, *mean))
             loss = linear_cross_entropy(flat, weights, targets, terms, rows=rows, num_items_in_batch=num_items)
         assert isinstance(loss, Tensor)
@@ -299,29 +301,6 @@ class CausalForward:
         finally:
             self.shared.release()
 
-    @staticmethod
-    def _per_token(found: tuple[Tensor, ...], labels: Tensor, num_items: Any, **rest: Any) -> TokenLogProbs:
-        """The output of (log-probability, entropy, whether the label came first, and if asked for the mean logit) of each position."""
-        log_probs, entropy, is_top1, *mean = (t[:, : labels.shape[1] - 1] for t in found)
-        mask = labels[:, 1:] != -100
-        count = mask.sum().clamp(min=1) if num_items is None else num_items
-        loss = -log_probs.sum() / count
-        rest["mean_logits"] = mean[0] * mask if mean else None
-        return TokenLogProbs(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask, **rest)
-
-    def _stock_per_token(self, labels: Tensor, request: PerToken, num_items_in_batch: Any = None, **kwargs: Any) -> TokenLogProbs:
-        """The same from real logits, for a head that the fused one cannot serve."""
-        kwargs["use_cache"] = False
-        logits = type(self.model).forward(self.model, **kwargs).logits[:, :-1].float() / request.temperature
-        mask = labels[:, 1:] != -100
-        targets = labels[:, 1:].clamp(min=0)
-        log_p = logits.log_softmax(-1)
-        log_probs = log_p.gather(-1, targets[..., None]).squeeze(-1) * mask
-        entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1) * mask
-        is_top1 = (logits.detach().argmax(-1) == targets) & mask
-        mean = (logits.detach().mean(-1),) if request.mean_logits else ()
-        return self._per_token((log_probs, entropy, is_top1, *mean), labels, num_items_in_batch)
-
     def _mask(self, labels: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """What the decoder is given as attention mask: a `causal_mask` where the fused parts know by themselves who attends to whom."""
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -331,8 +310,8 @@ class CausalForward:
             cu_seqlens = kwargs.get("cu_seq_lens_q")
             if cu_seqlens is not None:
                 return causal_mask(cu_seqlens.to(torch.int32), int(kwargs["max_length_q"]))
-            return causal_mask() if positions is None else _mask_of_positions(positions, labels)
-        if mask.dim() == 2 and positions is None and _only_right_padding(mask, labels):
+            return causal_mask() if positions is None else mask_of_positions(positions, labels)
+        if mask.dim() == 2 and positions is None and only_right_padding(mask, labels):
             return causal_mask()
         return mask
 
@@ -345,39 +324,3 @@ def _filled_up(values: Tensor, missing: tuple[int, int], value: int) -> Tensor:
 def _counted_up(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """`cu_seqlens` with the filling as one more document and empty ones up to a multiple of `DOCUMENTS`, plus one."""
     return nn.functional.pad(cu_seqlens, (0, DOCUMENTS - (len(cu_seqlens) - 1) % DOCUMENTS), value=tokens)
-
-
-def _mask_of_positions(positions: Tensor, labels: Tensor) -> Tensor | None:
-    """The mask of rows that are packed without saying so: documents start where `positions` [1 or B, T] start anew.
-
-    None where the positions are not those of documents one after another: transformers then looks for itself.
-    """
-    flat = positions.expand(labels.shape).reshape(-1)
-    starts = flat == 0
-    rises = torch.cat([starts[:1], starts[1:] | (flat[1:] == flat[:-1] + 1)])
-    rows = starts.view(labels.shape)[:, 0]
-    if not bool(rises.all() & rows.all()):  # waits for the GPU, as the search for the starts does
-        return None
-    bounds = torch.cat([starts.nonzero().flatten(), flat.new_tensor([flat.numel()])]).to(torch.int32)
-    if len(bounds) == len(labels) + 1:
-        return causal_mask()  # one document a row
-    return causal_mask(bounds, int(bounds.diff().max()))
-
-
-@torch.no_grad()
-def _mean_logits(hidden: Tensor, head: HeadWeights, scale: float) -> Tensor:
-    """The mean over the vocabulary of each row's logits, float32: the mean row of the head is all it takes."""
-    mean = (hidden @ head.weight.mean(0, dtype=torch.float32).to(hidden.dtype)).float()
-    if head.bias is not None:
-        mean = mean + head.bias.float().mean()
-    if head.lora_a is not None and head.lora_b is not None:
-        mean = mean + head.lora_scale * ((hidden.float() @ head.lora_a.float().t()) @ head.lora_b.float().mean(0))
-    return mean * scale
-
-
-def _only_right_padding(mask: Tensor, labels: Tensor) -> bool:
-    """True where padding comes after each row's tokens and is not trained on: no trained token can then see it through a causal mask."""
-    mask = mask.bool()
-    falls = (mask[:, 1:] & ~mask[:, :-1]).any()
-    trained = (~mask & (labels != -100)).any()
-    return not bool(falls | trained)

@@ -4,47 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from exactune.lora.decoder_layer import run_layer
 from exactune.lora.group import Group
 from exactune.lora.live import Unreadable
 from exactune.lora.parts import Attention, Batch, Layer, Tiling
 from exactune.lora.rotation import tables_for
-from exactune.lora.spread import Spread
 from exactune.memory.offload import HostStore
 from exactune.memory.policy import KEEP_ALL, RECOMPUTE_LAYER, Policy
 from exactune.models.anatomy.watch import base_of
-
-_ROWS = "exactune_rows"
-
-
-class Rows(NamedTuple):
-    """The rows of a batch: of a packed one `cu_seqlens` and the longest, of one whose rows begin alike their `spread`; else whole."""
-
-    cu_seqlens: Tensor | None = None
-    max_seqlen: int | None = None
-    spread: Spread | None = None
-
-
-def causal_mask(cu_seqlens: Tensor | None = None, max_seqlen: int | None = None, spread: Spread | None = None) -> Tensor:
-    """Stands where a 4-D mask would for "plain causal, or these rows", which fused attention knows without a mask.
-
-    What it says rides on the tensor, so that a layer that is recomputed in the backward pass reads the rows of its own batch.
-    """
-    mask = torch.zeros(1, 1, 1, 1)
-    setattr(mask, _ROWS, Rows(cu_seqlens, max_seqlen, spread))
-    return mask
-
-
-def packed_rows(mask: Any) -> Rows | None:
-    """What `causal_mask` put on this mask; None for any other mask, and for none."""
-    return getattr(mask, _ROWS, None)
+from exactune.models.rows import Rows, in_stock, packed_rows
 
 
 class Shared:
@@ -167,36 +141,3 @@ def bind_part(part: Bindable, groups: Sequence[Group], x: Tensor) -> Any:
     if autocast or not _weights_of(groups) <= {x.dtype, torch.uint8}:
         raise Unreadable("autocast to another dtype than the activations'")
     return part.bound(x.dtype)
-
-
-def in_stock(stock: Callable[..., Any], config: Any, window: int | None, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """`stock(x, ...)` of a layer or its attention, given what it knows in place of a `causal_mask`: a mask, and whole rows."""
-    rows = packed_rows(kwargs.get("attention_mask"))
-    if rows is None:
-        return stock(x, *args, **kwargs)
-    if rows.spread is None:
-        mask = stock_mask(config, window, x, kwargs.get("position_ids"), rows)
-        return stock(x, *args, **{**kwargs, "attention_mask": mask})
-    spread = rows.spread
-    places = spread.readers.source.view(spread.rows, spread.tokens).long()
-    whole = {name: kwargs[name][0][places] for name in ("position_ids",) if kwargs.get(name) is not None}
-    if kwargs.get("position_embeddings") is not None:
-        tables = kwargs["position_embeddings"]
-        whole["position_embeddings"] = tables[0][places] if isinstance(tables, Tensor) else tuple(table[0][places] for table in tables)
-    x = x[0][places]
-    whole["attention_mask"] = stock_mask(config, window, x, None, Rows())
-    result = stock(x, *args, **{**kwargs, **whole})
-    first, *more = result if isinstance(result, tuple) else (result,)
-    own = first.flatten(0, 1)[spread.own[:, 0].long()][None]
-    return (own, *more) if isinstance(result, tuple) else own
-
-
-def stock_mask(config: Any, window: int | None, x: Tensor, position_ids: Tensor | None, rows: Rows) -> Any:
-    """The mask that the stock model would build for one layer of these rows, whole or packed."""
-    if rows.cu_seqlens is not None:
-        starts = torch.repeat_interleave(rows.cu_seqlens[:-1], rows.cu_seqlens.diff())
-        position_ids = (torch.arange(x.shape[1], device=x.device) - starts.to(x.device))[None]
-    elif position_ids is None:
-        position_ids = torch.arange(x.shape[1], device=x.device)[None]
-    build = create_causal_mask if window is None else create_sliding_window_causal_mask
-    return build(config=config, inputs_embeds=x, attention_mask=None, past_key_values=None, position_ids=position_ids)

@@ -21,7 +21,8 @@ from exactune.lora.rotation import cos_and_sin
 from exactune.lora.wide_mlp import WideMlpFunction
 from exactune.models.anatomy.experts import routed
 from exactune.models.anatomy.watch import split_activation
-from exactune.models.fused_layer import Shared, as_multiplied, bind_part, packed_rows, stock_mask
+from exactune.models.fused_layer import Shared, as_multiplied, bind_part
+from exactune.models.rows import in_stock, packed_rows
 
 
 class FusedPart(ABC):
@@ -157,11 +158,10 @@ class FusedAttention(FusedPart):
         return self.part.groups()
 
     def stock(self, *args: Any, **kwargs: Any) -> Any:
-        mask = kwargs.get("attention_mask")
-        if packed_rows(mask) is not None:
-            x: Any = split_activation(args, kwargs)[0]
-            kwargs["attention_mask"] = stock_mask(self.config, self.attention.window, x, kwargs.get("position_ids"), mask)
-        return super().stock(*args, **kwargs)
+        x, more, named = split_activation(args, kwargs)
+        if x is None:
+            return super().stock(*args, **kwargs)
+        return in_stock(super().stock, self.config, self.attention.window, x, more, named)
 
     def strict(self, *args: Any, **kwargs: Any) -> Any:
         x, more, named = split_activation(args, kwargs)

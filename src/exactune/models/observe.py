@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from exactune.kernels.reference.attention import hidden_pairs
 from exactune.models.anatomy.watch import Event, Unrecognised, split_activation
-from exactune.models.fused_layer import causal_mask
+from exactune.models.rows import causal_mask
 
 TOKENS = 96  # more than one tile of every kernel, and not a multiple of one
 NARROW = 24  # what windows are while the model is watched: narrow enough to show in a mask of so many tokens

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from exactune.models.fused_layer import Shared, causal_mask
+from exactune.models.fused_layer import Shared
+from exactune.models.rows import causal_mask
 
 
 class DecoderForward:
