@@ -62,6 +62,7 @@ def planned(model, setting: dict):
         job = replace(job, optim="adamw_8bit", in_backward=True)
     step = Step(Shape.of(model.config), job, setting["rows"], setting["tokens"])
     if setting["policy"]:
+        step = replace(step, alone=setting["graphs"])  # there is only one shape of passes here
         plan = Plan(step, (policies()[setting["policy"]],) * step.shape.layers)
     else:
         plan = chosen(step, parse_bytes(setting["gib"]), parse_bytes(setting["host"]))
@@ -103,6 +104,8 @@ def train(model, optimizer, setting: dict) -> tuple[list[float], list[float]]:
     for i in range(setting["warm_up"] + setting["steps"]):
         batch = batch_of(setting, generator)
         if i == setting["warm_up"]:
+            if setting["graphs"]:
+                torch.cuda.empty_cache()  # of the passes before the recording, which do not come again
             torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
         start = time.time()
@@ -128,6 +131,8 @@ def measure(model, setting: dict) -> dict:
         train(model, optimizer, setting | {"tokens": 4096, "steps": 1})
     times, losses = train(model, optimizer, setting)
     peak, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
+    if plan is not None and plan.step.recorded(plan.layers):
+        peak = reserved  # what is recorded is allocated by nobody, and there all the same
     seconds = statistics.median(times)
     found = {
         "tokens_s": round(setting["rows"] * setting["tokens"] / seconds), "ms": round(seconds * 1e3, 1), "peak_gib": round(peak, 3),
@@ -137,7 +142,18 @@ def measure(model, setting: dict) -> dict:
         predicted = {"predicted_gib": round(plan.peak / GIB, 3), "off": round(plan.peak / GIB / peak - 1, 4), "plan": plan.summary()}
         phases = {name: round(value / GIB, 3) for name, value in (plan.fixed | plan.phases).items() if value}
         found |= predicted | {"predicted_ms": round(plan.seconds * 1e3, 1), "host_gib": round(plan.host / GIB, 2), "phases": phases}
+    passes = _passes_of(model)
+    if passes is not None:
+        found["recorded"] = {"passes": len(passes), "refused": dict(passes.refused)}
     return found
+
+
+def _passes_of(model):
+    """What is recorded of an accelerated model."""
+    from exactune.models.accelerate import report_of
+
+    report = report_of(model)
+    return report and report.passes
 
 
 def as_at_first(model, adapters: dict) -> None:

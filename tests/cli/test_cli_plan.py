@@ -53,7 +53,7 @@ def test_the_settings_of_a_run_and_flags_that_win(model, tmp_path):
 
 
 def test_what_does_not_fit_says_what_would(model, capsys):
-    result = run("--model", model, "--seq", "2048", "--batch", "4", "--gpu", "16GiB", "--host", "8GiB")
+    result = run("--model", model, "--seq", "2048", "--batch", "4", "--gpu", "14GiB", "--host", "8GiB")
     assert result.exit_code == 2
     text = result.output + (result.stderr if result.stderr_bytes else "")
     assert "at its leanest" in text and "load_in_4bit: peak" in text

@@ -127,6 +127,22 @@ def test_torchs_optimizer_over_lists_forms_a_second_copy_of_what_is_trained():
     assert small[0].phases["update"] == 2 * small[1].phases["update"] == max(small[0].phases.values())
 
 
+def test_embeddings_wait_on_the_host_where_that_is_cheaper_than_a_leaner_policy():
+    def step(**job):
+        return Step(LLAMA_8B, Job(bits=4, **job), 4, 2048)
+
+    table = 2 * LLAMA_8B.vocabulary * LLAMA_8B.hidden
+    own, host = choose(step(own_embedding=True), 8 * GIB, 64 * GIB), 64 * GIB
+    assert own.step.hosted and own.seconds < choose(step(), 8 * GIB, host).seconds
+    here = Plan(replace(own.step, hosted=False), own.layers)
+    assert here.peak - own.peak == table and own.host - here.host == GIB and 0.001 < own.seconds - here.seconds < 0.01
+    assert not choose(step(own_embedding=True), 40 * GIB, host).step.hosted, "there is room for it"
+    assert leanest(step()).peak - leanest(step(own_embedding=True)).peak == table
+    assert not leanest(step(own_embedding=True), host=False).step.hosted
+    assert not leanest(Step(LLAMA_1B, Job(bits=4, own_embedding=True), 2, 2048)).step.hosted, "the head reads all of it"
+    assert Plan.from_dict(here.step, own.as_dict()) == own
+
+
 def test_the_constant_that_says_what_is_recorded():
     from exactune.memory import phases
     from exactune.models import replay

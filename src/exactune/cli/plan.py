@@ -78,6 +78,7 @@ def _step(run: dict[str, Any], given: dict[str, Any]) -> Step:
         deterministic=bool(run.get("deterministic")),
         in_backward=bool(run.get("optimizer_in_backward")),
         graphs=run.get("cuda_graphs", True),
+        own_embedding="embed_tokens" not in (run.get("modules_to_save") or ()),
         dropout=bool(run.get("lora_dropout")),
     )
     rows = given.get("batch") or run.get("per_device_train_batch_size") or 2

@@ -41,6 +41,7 @@ class Job:
     deterministic: bool = False  # attention's backward is our own kernels', which need no room beside its results
     graphs: bool = False  # small batches may be recorded as CUDA graphs, which hold a second set of a pass's memory
     fragments: bool = False  # torch's allocator has segments of fixed sizes: more is reserved than is used
+    own_embedding: bool = False  # nothing trains the table of input embeddings or shares it: it may wait in host memory
     gpu: bool = True  # False: the reference path on a CPU, whose attention keeps no log-sum-exp
 
     def __post_init__(self) -> None:
@@ -81,6 +82,10 @@ class Job:
         else:
             linear = sum(self.matrix_bytes(shape, group) for group in shape.groups)
         return shape.layers * linear + shape.other_weights * self.width
+
+    def embedding(self, shape: Shape) -> int:
+        """The table of input embeddings."""
+        return shape.vocabulary * shape.hidden * self.width
 
     def scratch(self, shape: Shape) -> int:
         """Unpacked 4-bit weights, one buffer a group for all layers."""

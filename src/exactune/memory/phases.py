@@ -40,11 +40,17 @@ class Step:
     tokens: int
     tiling: Tiling = WHOLE
     ahead: bool = True  # copies to and from the host overlap with the neighbouring layers
+    hosted: bool = False  # the table of embeddings is in host memory, and read from there
     alone: bool = False  # recorded passes are dropped before one runs eagerly: there is no room for both
 
     @property
     def n(self) -> int:
         return self.rows * self.tokens
+
+    @property
+    def hostable(self) -> bool:
+        """Whether the table of embeddings may be in host memory."""
+        return self.job.own_embedding and self.job.gpu and not self.job.full and not self.shape.tied
 
     @property
     def tile(self) -> int:

@@ -14,6 +14,11 @@ def piece_sizes(nbytes: int) -> list[int]:
     return [*sizes, nbytes] if nbytes or not sizes else sizes
 
 
+def one_piece(nbytes: int) -> int:
+    """Pinned memory that a tensor of `nbytes` takes where it has to lie in one piece."""
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
+
+
 def host_bytes(nbytes: int) -> int:
     """Pinned memory that a tensor of `nbytes` takes: its pieces, the last one rounded up."""
-    return sum(1 << (size - 1).bit_length() if size else 0 for size in piece_sizes(nbytes))
+    return sum(one_piece(size) for size in piece_sizes(nbytes))

@@ -9,6 +9,7 @@ from typing import Any
 
 from exactune.memory.activations import on_host
 from exactune.memory.phases import LIBRARIES, Step, peak
+from exactune.memory.pieces import one_piece
 from exactune.memory.policy import Policy, Tiling, policies
 from exactune.memory.recordings import recorded_bytes
 from exactune.memory.speed import step_seconds
@@ -39,7 +40,7 @@ class Plan:
         """Bytes that are there all the time, by what they are."""
         shape, job = self.step.shape, self.step.job
         return {
-            "weights": job.weights(shape),
+            "weights": job.weights(shape) - (job.embedding(shape) if self.step.hosted else 0),
             "unpacked 4-bit weights": job.scratch(shape),
             "adapters": job.adapters(shape),
             "optimizer": job.optimizer(shape),
@@ -72,9 +73,10 @@ class Plan:
 
     @property
     def host(self) -> int:
-        """Pinned memory of the activations, and optimizer state that lives in host memory."""
+        """Pinned memory of the activations and of the embeddings, and optimizer state that lives in host memory."""
         shape, job = self.step.shape, self.step.job
-        return sum(on_host(shape, job, policy, self.step.n) for policy in self.layers) + job.optimizer_host(shape)
+        table = one_piece(job.embedding(shape)) if self.step.hosted else 0
+        return sum(on_host(shape, job, policy, self.step.n) for policy in self.layers) + table + job.optimizer_host(shape)
 
     @cached_property
     def seconds(self) -> float:
@@ -96,6 +98,7 @@ class Plan:
         """One line: `24 layers mlp+all, 8 keep; peak 17.1 GiB, 1.2 GiB on the host; 93 % of the speed with everything kept`."""
         mix = ", ".join(f"{count} layer{'s' * (count > 1)} {name}" for name, count in self.counts.items())
         tiles = f"; tiles of {self.step.tile:,} tokens" if self.step.tiled else ""
+        tiles += "; embeddings on the host" if self.step.hosted else ""
         tiles += "; recorded as CUDA graphs" if self.step.recorded(self.layers) else ""
         host = f", {self.host / GIB:.1f} GiB on the host" if self.host else ""
         return f"{mix}{tiles}; peak {self.peak / GIB:.1f} GiB{host}; {self.relative_speed:.0%} of the speed with everything kept"
@@ -106,15 +109,15 @@ class Plan:
         return (self.step.rows, self.step.tokens) if self.step.alone else None
 
     @property
-    def choices(self) -> tuple[tuple[Policy, ...], Tiling, bool, tuple[int, int] | None]:
+    def choices(self) -> tuple[tuple[Policy, ...], Tiling, bool, bool, tuple[int, int] | None]:
         """What decides the computation: plans for batches of other sizes may agree in it."""
-        return self.layers, self.step.tiling, self.step.ahead, self.only
+        return self.layers, self.step.tiling, self.step.ahead, self.step.hosted, self.only
 
     @classmethod
     def from_dict(cls, step: Step, values: dict[str, Any]) -> Plan:
         """The plan for `step` whose `as_dict` gave `values`."""
         tiling = Tiling(**values["tiling"])
-        step = replace(step, tiling=tiling, ahead=values["ahead"], alone=values.get("alone", False))
+        step = replace(step, tiling=tiling, **{name: values.get(name, False) for name in ("ahead", "hosted", "alone")})
         return cls(step, tuple(policies()[name] for name in values["layers"]))
 
     def as_dict(self) -> dict[str, Any]:
@@ -124,6 +127,7 @@ class Plan:
             "layers": [policy.name for policy in self.layers],
             "tiling": {"tokens": tiling.tokens, "kv_heads": tiling.kv_heads, "logits": tiling.logits},
             "ahead": self.step.ahead,
+            "hosted": self.step.hosted,
             "alone": self.step.alone,
             "rows": self.step.rows,
             "tokens": self.step.tokens,
@@ -153,24 +157,32 @@ def eager(step: Step) -> Step:
 
 
 def settings(step: Step) -> Iterator[Step]:
-    """The step in tiles that get smaller, from none and from tiles of the logits alone; copies wait where memory is tightest."""
-    shape = step.shape
+    """The step in tiles that get smaller, from none and from tiles of the logits alone, each with the embeddings here and on the host."""
     for rows in TILE_ROWS[:1] if step.job.dropout else TILE_ROWS:
-        if rows is None:
-            yield step
-            yield replace(step, tiling=Tiling(logits=LEAST_LOGITS))
-        elif rows < step.n:
-            small = rows <= SMALL_TILE
-            tiling = Tiling(rows, 1, LEAST_LOGITS * rows // SMALL_TILE) if small else Tiling(rows, max(1, shape.kv_heads // 4))
-            yield replace(step, tiling=tiling)
-            if small:
-                yield replace(step, tiling=tiling, ahead=False)
+        tilings = list(_tilings(step, rows))
+        yield from tilings
+        if step.hostable:
+            yield from (replace(tiled, hosted=True) for tiled in tilings)
+
+
+def _tilings(step: Step, rows: int | None) -> Iterator[Step]:
+    """The step in tiles of `rows`; copies wait where memory is tightest."""
+    if rows is None:
+        yield step
+        yield replace(step, tiling=Tiling(logits=LEAST_LOGITS))
+    elif rows < step.n:
+        small = rows <= SMALL_TILE
+        tiling = Tiling(rows, 1, LEAST_LOGITS * rows // SMALL_TILE) if small else Tiling(rows, max(1, step.shape.kv_heads // 4))
+        yield replace(step, tiling=tiling)
+        if small:
+            yield replace(step, tiling=tiling, ahead=False)
 
 
 def leanest(step: Step, *, host: bool = True) -> Plan:
     """The plan with the lowest peak; without `host`, of those that send nothing there."""
     names = [name for name in LADDER if host or "+" not in name]
-    plans = [Plan(s, (policies()[name],) * step.shape.layers) for s in settings(eager(step)) for name in names]
+    steps = [s for s in settings(eager(step)) if host or not s.hosted]
+    plans = [Plan(s, (policies()[name],) * step.shape.layers) for s in steps for name in names]
     return min(plans, key=lambda plan: (plan.peak, plan.seconds))
 
 
@@ -194,12 +206,12 @@ def _fastest(step: Step, budget: int, host: int | None) -> Plan | None:
     everything = (policies()["keep"],) * step.shape.layers
     if fits(fastest := Plan(step, everything), budget, host):
         return fastest
-    found: list[Plan] = []
+    best: Plan | None = None
     for tiled in settings(step):
-        found += _fitting_mixes(tiled, budget, host)
-        if any(plan.layers == everything for plan in found):
-            break  # smaller tiles only cost
-    return min(found, key=lambda plan: (plan.seconds, plan.peak, tuple(policy.name for policy in plan.layers)), default=None)
+        if best is None or Plan(tiled, everything).seconds < best.seconds:  # else nothing in such tiles is faster
+            found = [*_fitting_mixes(tiled, budget, host), *([best] if best else [])]
+            best = min(found, key=lambda plan: (plan.seconds, plan.peak, tuple(policy.name for policy in plan.layers)), default=None)
+    return best
 
 
 def _fitting_mixes(step: Step, budget: int, host: int | None) -> Iterator[Plan]:

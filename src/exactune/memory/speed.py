@@ -18,6 +18,7 @@ OPERATIONS = 5.8e14  # a second, in the products of a training step
 ATTENTION = 0.6  # of that rate
 AGAIN = 0.94  # of the time that the same products took in the forward
 LINK = 5.3e10  # bytes a second each way, pinned
+GATHERED = 2e10  # the same of rows of embeddings that kernels read there, for which the first layer waits
 BESIDE = 1.5e-12  # seconds that each byte brought back costs the products beside it
 EAGER_LAYER = 4e-3  # seconds of the host a layer and step: launches that a small batch cannot hide, and a recorded pass does not have
 # What a policy adds to them, from the number of its launches and copies.
@@ -42,6 +43,8 @@ def step_seconds(step: Step, policies: Sequence[Policy]) -> float:
         trips = [moved[policy] / LINK for policy in policies]
         waited = _waits_out(trips, forward) + _waits_back(trips, [backward + again[policy] for policy in policies])
     seconds = computed * _slower(step) + waited + brought * BESIDE
+    if step.hosted:
+        seconds += step.n * step.shape.hidden * step.job.width / GATHERED
     if not step.job.gpu or step.recorded(policies):
         return seconds
     launches = sum(1 + MORE_LAUNCHES[policy.recompute] + MORE_COPIES[policy.offload] for policy in policies)

@@ -20,6 +20,7 @@ from exactune.models.causal_loss import CausalForward
 from exactune.models.fused_layer import Shared
 from exactune.models.fused_parts import FusedNorm
 from exactune.models.head import read_head
+from exactune.models.hosted import host_embedding
 from exactune.models.install import Fused, Installer, every_attention_fused, groups_of, whole_layers
 from exactune.models.notes import base_model, bind, unbind
 from exactune.models.observe import blocks_of, decoder_of, observe, takes_causal_mask
@@ -171,6 +172,7 @@ def _take_back(base: Any, state: Acceleration) -> None:
         vars(state.decoder.module).pop("forward", None)
     for hook in state.hooks:
         hook.remove()
+    host_embedding(base, False)
     unbind(base, "save_pretrained")
     if state.head is not None:
         state.head.active = False  # a trainer may hold it inside a wrapper of its own

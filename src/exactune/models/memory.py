@@ -19,6 +19,7 @@ from exactune.memory.plan import Plan
 from exactune.memory.policy import Policy, Tiling
 from exactune.memory.shape import Shape
 from exactune.models.fused_layer import FusedLayer
+from exactune.models.hosted import host_embedding, may_be_hosted
 from exactune.models.notes import base_model, notes_of
 
 
@@ -57,6 +58,7 @@ def job_of(model: Any, *, optim: str = "adamw_torch", accumulates: bool = False,
         dropout=any(getattr(rate, "p", 0.0) > 0 for module in base.modules() for rate in _dropouts(module)),
         in_backward=in_backward,
         fragments=base.device.type == "cuda" and not segments_grow(),
+        own_embedding=may_be_hosted(model),
         gpu=base.device.type == "cuda",
     )
 
@@ -74,8 +76,16 @@ def make_plan(model: Any, rows: int, tokens: int, *, budget: Any = "auto", host:
         DeviceError: no plan fits; the message lists what would.
         ConfigError: an architecture that is not planned for, or a budget that cannot be read.
     """
-    step = Step(shape_of(model), job_of(model, **job), rows, tokens)
-    return chosen(step, device_budget(budget), host_budget(host))
+    return chosen(step_of(model, rows, tokens, **job), device_budget(budget), host_budget(host))
+
+
+def step_of(model: Any, rows: int, tokens: int, *, hosted: bool = False, **job: Any) -> Step:
+    """A training step on `model` as it stands; `job` are options of `job_of`.
+
+    Raises:
+        ConfigError: an architecture that is not planned for.
+    """
+    return Step(shape_of(model), job_of(model, **job), rows, tokens, hosted=hosted)
 
 
 def fused_layers(model: Any) -> list[FusedLayer]:
@@ -101,14 +111,15 @@ def apply_plan(model: Any, plan: Plan) -> None:
 def apply_choices(model: Any, plan: Plan) -> None:
     """The policies and tiles of `plan` on the layers of an accelerated model."""
     modules = list(base_model(model).get_decoder().layers)
-    apply_policies(model, dict(zip(map(id, modules), plan.layers)), plan.step.tiling, ahead=plan.step.ahead)
+    step = plan.step
+    apply_policies(model, dict(zip(map(id, modules), plan.layers)), step.tiling, ahead=step.ahead, hosted=step.hosted)
     passes = _passes_of(model)
     if passes is not None:
         passes.only = plan.only
 
 
-def apply_policies(model: Any, policies: dict[int, Policy], tiling: Tiling, *, ahead: bool) -> None:
-    """`policies` by the id of the layer's module."""
+def apply_policies(model: Any, policies: dict[int, Policy], tiling: Tiling, *, ahead: bool, hosted: bool = False) -> None:
+    """`policies` by the id of the layer's module; `hosted` embeddings are in host memory."""
     layers = fused_layers(model)
     if not layers:
         return
@@ -119,6 +130,7 @@ def apply_policies(model: Any, policies: dict[int, Policy], tiling: Tiling, *, a
     shared.tiling, shared.store = tiling, HostStore(device_of(layers), ahead=ahead) if travels else None
     for layer in layers:
         layer.policy = policies.get(id(layer.module))
+    host_embedding(model, hosted)
     forget_recordings(model)  # they keep the activations of the old policies
 
 

@@ -23,6 +23,7 @@ class Notes:
     memory_budget: Any = "auto"
     memory: Any = None  # the `AutoPlan` that decides, where one does
     offload: bool = False  # what layers keep waits in host memory
+    hosted_embedding: Any = None  # the table of embeddings, where it is in host memory
     tokenizer: Any = None
     before_inference: dict[str, Any] | None = None
 
