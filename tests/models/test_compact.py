@@ -81,7 +81,7 @@ def assert_same(found, truth, at_most=1e-6):
     assert found[2].keys() == truth[2].keys() and distance(found[2], truth[2]) < at_most
 
 
-FAMILIES = ("llama", "gemma2", "qwen3", "phi3", "gpt_oss", "qwen3_moe", "olmo2", "cohere2", "gpt_neox")
+FAMILIES = ("llama", "gemma2", "qwen3", "phi3", "gpt_oss", "qwen3_moe", "olmo2", "cohere2", "gpt_neox", "deepseek_v2", "minicpm3")
 # Stock Gemma-2 gives not a number behind padding: its softcapped attention has no row without a key to look at.
 SIDES = [(family, side) for family in FAMILIES for side in ("right", "left") if (family, side) != ("gemma2", "left")]
 
@@ -118,7 +118,7 @@ def test_tiles_of_tokens_and_groups_of_heads(tokens_seen):
     assert len(tokens_seen) == 2
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "deepseek_v3"])
 def test_layers_that_have_to_run_stock_are_given_whole_rows(family, tokens_seen, monkeypatch):
     model, batch = with_lora(tiny_model(family)), pairs()
     truth = of_stock(model, batch)

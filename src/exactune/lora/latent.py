@@ -20,6 +20,7 @@ from exactune.lora import ops
 from exactune.lora.group import Group
 from exactune.lora.part_functions import ProjectionFunction
 from exactune.lora.parts import Attention, Batch, Norm
+from exactune.lora.spread import through
 
 if has_triton():
     from exactune.kernels.rotary import rotary
@@ -72,10 +73,16 @@ class Latent:
         if self.q_up is not None and self.q_norm is not None:
             q = _projected(self.q_up, ops.rms_norm(q.contiguous(), self.q_norm))
         kv = _projected(self.kv_up, ops.rms_norm(latent.contiguous(), self.kv_norm))
+        rows = self.heads(batch, q.contiguous(), kv, shared)
+        if batch.spread is not None:
+            q, k, v = (through(t, batch.whole_rows, batch.whole_rows_back) for t in rows)
+            rows = q, k, v
         out = attention(
-            *self.heads(batch, q.contiguous(), kv, shared), scale=self.core.scale, window=self.core.window, softcap=self.core.softcap,
+            *rows, scale=self.core.scale, window=self.core.window, softcap=self.core.softcap,
             cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, deterministic=batch.deterministic,
         )  # fmt: skip
+        if batch.spread is not None:
+            out = through(out, batch.own_results, batch.own_results_back)
         return _projected(self.core.out, out.reshape(batch.n, -1))
 
 

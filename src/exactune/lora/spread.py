@@ -8,6 +8,7 @@ read is summed in float32, in one order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,18 +84,18 @@ class Spread:
         return flat.view(1, -1, *like.shape[2:])
 
 
-class _Read(torch.autograd.Function):
+class _Through(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, readers: Readers) -> Tensor:
-        ctx.readers = readers
-        return readers.read(x)
+    def forward(ctx: Any, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return ctx.readers.summed(dy.contiguous()), None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(dy.contiguous()), None, None
 
 
-def read(x: Tensor, readers: Readers) -> Tensor:
-    """`readers.read(x)` [M, E] for autograd."""
-    return _Read.apply(x, readers)
+def through(x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+    """`there(x)` for autograd, whose gradient `back` makes that of x."""
+    return _Through.apply(x, there, back)

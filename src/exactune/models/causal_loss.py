@@ -24,7 +24,7 @@ from exactune.kernels.linear_cross_entropy import linear_cross_entropy
 from exactune.kernels.reference.cross_entropy import HeadWeights, LossTerms
 from exactune.kernels.token_logprobs import token_logprobs
 from exactune.lora.live import Adapter, Unreadable, read_projection
-from exactune.lora.spread import read
+from exactune.lora.spread import through
 from exactune.memory.phases import chunk_rows
 from exactune.memory.policy import Policy
 from exactune.models.compact import Compact, compact, draws
@@ -224,7 +224,7 @@ class CausalForward:
         """`_head` of the rows' positions [B, T], through the distinct tokens alone."""
         mask = causal_mask(spread=distinct.spread)
         outputs = self.decoder(input_ids=distinct.ids, attention_mask=mask, position_ids=distinct.positions, use_cache=False)
-        hidden = read(self.head.as_read(outputs.last_hidden_state)[0], distinct.scored)
+        hidden = through(self.head.as_read(outputs.last_hidden_state)[0], distinct.scored.read, distinct.scored.summed)
         found = self._head(hidden[None], distinct.targets, fused, request, num_items, Rows(static_shapes=True))
         return tuple(distinct.results(t, shifted.shape) for t in found)
 
