@@ -7,7 +7,7 @@
 Each type is built tiny and random, with LoRA on every linear layer; stock and accelerated model then take the same training steps.
 On the CPU that is in float64, where the reference path computes (the stock norms compute in float32 whatever the dtype, which sets how
 close two runs can be). On a GPU it is in float32 and in bfloat16, through the kernels, and both are held against a stock model in the
-next wider dtype.
+next wider dtype, on several batches.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import copy
 import json
 import logging
 import multiprocessing
+import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,10 +27,11 @@ from typing import Any
 import torch
 
 from model_page import CLOSE, DOCS, all_fused, passed, write
-from tiny_types import Unbuildable, batches, keeps_rows_apart, model_types, tiny_model, with_lora
+from tiny_types import Unbuildable, batches, keeps_rows_apart, model_types, tiny_model, whole_rows, with_lora
 
 Step = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 KINDS = ("attention", "recurrent", "mlp", "experts", "norm", "projection")
+DRAWS = 9  # batches on a GPU
 GPU_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -154,16 +156,22 @@ def examine_on_gpu(model_type: str) -> dict[str, Any]:
     from exactune.models.verify import truth_of
 
     row: dict[str, Any] = {"type": model_type}
+    inputs = [whole_rows(seed) for seed in range(DRAWS)]
     for name, dtype in GPU_DTYPES.items():
         model = with_lora(tiny_model(model_type).to(dtype), torch.promote_types(dtype, torch.float32)).cuda()
         twin = truth_of(model, dtype)
         twin.config._experts_implementation = "eager"
-        truth, stock = step(twin, batches()["whole"]), step(model, batches()["whole"])
+        truths = [step(twin, batch) for batch in inputs]
+        stock = [overall(step(model, batch), truth) for batch, truth in zip(inputs, truths)]
         report = accelerate(model)
-        fast = step(model, batches()["whole"])
+        fast = [overall(step(model, batch), truth) for batch, truth in zip(inputs, truths)]
         row |= _parts(report)
-        row[name] = {"fast": overall(fast, truth), "stock": overall(stock, truth)}
+        row[name] = {"fast": _median(fast), "stock": _median(stock)}
     return row
+
+
+def _median(errors: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(error[name] for error in errors) for name in errors[0]}
 
 
 def _parts(report: Any) -> dict[str, Any]:
@@ -218,13 +226,13 @@ def census(types: list[str], device: str, jobs: int, out: Path | None) -> None:
     rows: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     failed: dict[str, str] = {}
-    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    about: dict[str, Any] = {"transformers": transformers.__version__, "torch": torch.__version__}
     if device == "cuda":
-        versions["gpu"] = torch.cuda.get_device_name()
+        about |= {"gpu": torch.cuda.get_device_name(), "draws": DRAWS}
 
     def save() -> None:
         if out is not None:
-            out.write_text(json.dumps(versions | {"rows": rows, "left_out": left_out, "failed": failed}, indent=1) + "\n")
+            out.write_text(json.dumps(about | {"rows": rows, "left_out": left_out, "failed": failed}, indent=1) + "\n")
 
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         for result in [pool.apply_async(found_of, (model_type, device)) for model_type in types]:

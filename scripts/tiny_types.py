@@ -178,11 +178,18 @@ def with_lora(model: Any, dtype: torch.dtype = torch.float64) -> Any:
     return peft.train()
 
 
-def batches() -> dict[str, dict[str, torch.Tensor]]:
-    """Whole rows of random ids with a masked prompt in the first, rows with padding on the left, and one row of three packed ones."""
-    ids = torch.randint(5, 150, (2, 40), generator=torch.Generator().manual_seed(0))
+def whole_rows(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Two rows of random ids with a masked prompt in the first."""
+    ids = torch.randint(5, 150, (2, 40), generator=torch.Generator().manual_seed(seed))
     labels = ids.clone()
     labels[0, :7] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def batches() -> dict[str, dict[str, torch.Tensor]]:
+    """Whole rows, the same with padding on the left of the second, and one row of three packed ones."""
+    whole = whole_rows()
+    ids = whole["input_ids"]
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
     padded = {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask}
@@ -191,4 +198,4 @@ def batches() -> dict[str, dict[str, torch.Tensor]]:
     own = row.clone()
     own[0, starts] = -100
     packed = {"input_ids": row, "labels": own, "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
-    return {"whole": {"input_ids": ids, "labels": labels}, "padded": padded, "packed": packed}
+    return {"whole": whole, "padded": padded, "packed": packed}
