@@ -33,12 +33,14 @@ class ExpertAdapter:
         """(A [E, R, in], s·B [E, out, R]) in `dtype`, scaled before the rounding."""
         a = self.lora_a.detach().view(experts, -1, self.lora_a.shape[1]).to(dtype)
         b = self.lora_b.detach().view(self.lora_b.shape[0], -1, experts).permute(2, 0, 1)
-        return a, (b * self.scale).to(dtype).contiguous()
+        scaled = torch.empty(b.shape, dtype=dtype, device=b.device)
+        return a, torch.mul(b, self.scale, out=scaled)  # scaled, rounded and turned round in one pass
 
     def record(self, grads: Grads, da: Tensor, db: Tensor) -> None:
         """Note the gradients of A, [E, R, in], and of s·B, [E, out, R], in PEFT's shapes."""
         grads.add(self.lora_a, da.reshape(self.lora_a.shape))
-        grads.add(self.lora_b, (db * self.scale).permute(1, 2, 0).reshape(self.lora_b.shape))
+        scaled = torch.empty(*db.shape[1:], db.shape[0], dtype=db.dtype, device=db.device)
+        grads.add(self.lora_b, torch.mul(db.permute(1, 2, 0), self.scale, out=scaled).view(self.lora_b.shape))
 
 
 @dataclass(frozen=True)
