@@ -21,8 +21,9 @@ weight trained. *Error* is the largest relative difference among the loss, the l
 norms compute in float32 whatever the dtype, so about 1e-7 is equality. *Undo* is bitwise, *generate* token for token.
 {gpu}
 {passed} of {built} types that build agree in all of that; in {whole} of them attention, MLP or
-experts, norms and head are all fused (recurrent parts are stock, their projections and norms fused one by one). What is
-not recognised, or is not proven, runs as the stock model has it, and `exactune.accelerate(model).summary()` names it.
+experts, norms and head are all fused. Recurrent parts are transformers' own, their projections and norms fused one by one; transformers
+runs them through flash-linear-attention, causal-conv1d or mamba-ssm where those are installed, else in plain torch. What is not
+recognised, or is not proven, runs as the stock model has it, and `exactune.accelerate(model).summary()` names it.
 
 {columns}
 {rule}

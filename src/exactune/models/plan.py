@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -57,6 +58,15 @@ def kind_of(module: Any, event: Event) -> Kind:
     return "attention" if event.args or event.kwargs else "mlp"
 
 
+# What transformers runs recurrences through where it is installed, each for the kinds that it knows.
+RECURRENCES = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d", "mamba_ssm": "mamba-ssm"}
+
+
+def _runner_of_recurrences() -> str:
+    found = [name for module, name in RECURRENCES.items() if importlib.util.find_spec(module) is not None]
+    return " and ".join(found) if found else "plain torch"
+
+
 class Reader:
     """Reads one layer, part by part, from a single watched pass."""
 
@@ -108,7 +118,7 @@ class Reader:
 
     def _read(self, part: Part) -> Reading:
         if part.kind == "recurrent":
-            raise Unrecognised("a recurrence over tokens")
+            raise Unrecognised(f"a recurrence over tokens, which transformers runs in {_runner_of_recurrences()}")
         if part.kind == "mlp":
             return read_mlp(part.module, self.trace, self.scratch)
         if isinstance(self.setting, Unrecognised):
