@@ -28,9 +28,12 @@ def exp(x):
 
 
 @triton.jit
-def sigmoid(x):
-    """1 / (1 + e^-x), the division rounded."""
-    return tl.div_rn(1.0, 1.0 + exp(-x))
+def sigmoid(x, TO_AN_ULP: tl.constexpr):
+    """1 / (1 + e^-x), the division rounded; as the hardware takes both, in a fifth of the instructions, where that is not asked for."""
+    if TO_AN_ULP:
+        return tl.div_rn(1.0, 1.0 + exp(-x))
+    else:
+        return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit

@@ -38,35 +38,35 @@ _TANH_CUBIC = tl.constexpr(0.044715)
 
 
 @triton.jit
-def gate_and_slope(gate, KIND: tl.constexpr):
+def gate_and_slope(gate, KIND: tl.constexpr, TO_AN_ULP: tl.constexpr):
     """a(gate) and a'(gate) of float32 tiles; the caller has clamped."""
     if KIND == "geglu_erf":
         s = 0.5 * (1.0 + tl.erf(gate * _SQRT_HALF))
         slope = s + gate * _NORMAL_DENSITY * tl.exp(-0.5 * gate * gate)
     elif KIND == "geglu_tanh":
         square = gate * gate
-        s = sigmoid(_TANH_SLOPE * gate * (1.0 + _TANH_CUBIC * square))
+        s = sigmoid(_TANH_SLOPE * gate * (1.0 + _TANH_CUBIC * square), TO_AN_ULP)
         slope = s + gate * s * (1.0 - s) * _TANH_SLOPE * (1.0 + 3.0 * _TANH_CUBIC * square)
     elif KIND == "clamped_swiglu":
-        s = sigmoid(_ALPHA * gate)
+        s = sigmoid(_ALPHA * gate, TO_AN_ULP)
         slope = s + _ALPHA * gate * s * (1.0 - s)
     else:
         tl.static_assert(KIND == "swiglu")
-        s = sigmoid(gate)
+        s = sigmoid(gate, TO_AN_ULP)
         slope = s + gate * s * (1.0 - s)
     return gate * s, slope
 
 
 @triton.jit
-def gated_tile(gate, up, KIND: tl.constexpr):
-    """h, dh/dgate and dh/dup of float32 tiles."""
+def gated_tile(gate, up, KIND: tl.constexpr, TO_AN_ULP: tl.constexpr = True):
+    """h, dh/dgate and dh/dup of float32 tiles. `TO_AN_ULP`: what is stored keeps the digits that the hardware's own functions lose."""
     if KIND == "clamped_swiglu":
-        act, slope = gate_and_slope(tl.minimum(gate, _LIMIT), KIND)
+        act, slope = gate_and_slope(tl.minimum(gate, _LIMIT), KIND, TO_AN_ULP)
         lifted = tl.minimum(tl.maximum(up, -_LIMIT), _LIMIT) + 1.0
         # As torch.clamp: the gradient passes where the value was not clamped, bounds included.
         return act * lifted, tl.where(gate <= _LIMIT, slope * lifted, 0.0), tl.where(tl.abs(up) <= _LIMIT, act, 0.0)
     else:
-        act, slope = gate_and_slope(gate, KIND)
+        act, slope = gate_and_slope(gate, KIND, TO_AN_ULP)
         return act * up, slope * up, act
 
 
@@ -79,7 +79,7 @@ def _gated_fwd_kernel(
     mask = offs < F
     gate = tl.load(gate_ptr + row * gate_stride + offs * gate_step, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + offs * up_step, mask=mask, other=0.0).to(tl.float32)
-    h, _, _ = gated_tile(gate, up, KIND)
+    h, _, _ = gated_tile(gate, up, KIND, gate_ptr.dtype.element_ty == tl.float32)
     tl.store(h_ptr + row * h_stride + offs, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
@@ -95,7 +95,7 @@ def _gated_bwd_kernel(
     dh = tl.load(dh_ptr + row * dh_stride + offs, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + offs * gate_step, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + offs * up_step, mask=mask, other=0.0).to(tl.float32)
-    h, to_gate, to_up = gated_tile(gate, up, KIND)
+    h, to_gate, to_up = gated_tile(gate, up, KIND, gate_ptr.dtype.element_ty == tl.float32)
     tl.store(dgate_ptr + row * dgate_stride + offs * dgate_step, (dh * to_gate).to(dgate_ptr.dtype.element_ty), mask=mask)
     tl.store(dup_ptr + row * dup_stride + offs * dup_step, (dh * to_up).to(dup_ptr.dtype.element_ty), mask=mask)
     if h_ptr is not None:

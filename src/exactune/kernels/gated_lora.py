@@ -102,7 +102,7 @@ def _gated_lora_bwd_kernel(
             p = tl.load(at, mask=mask_n & (offs_r < R_down), other=0.0).to(dtype)
         if a_ptr is not None:
             dh += tl.trans(tl.dot(tl.trans(a), tl.trans(p), input_precision="ieee"))
-        h, to_gate, to_up = gated_tile(gate, up, KIND)
+        h, to_gate, to_up = gated_tile(gate, up, KIND, dtype == tl.float32)
         dgate = (dh * to_gate).to(dtype)
         dup = (dh * to_up).to(dtype)
         tl.store(dgate_ptr + start * dgate_stride + (offs_n * dgate_stride + offs_f), dgate, mask=mask)

@@ -183,8 +183,8 @@ def _stages(block_r: int) -> int:
 def _aot(name: str, rank: int, absent: str, *, a_rank: int | None = None) -> Aot:
     pointers = "x_ptr residual_ptr weight_ptr a_ptr sum_ptr y_ptr room_ptr p_ptr"
     integers = "x_stride residual_stride a_rank a_column sum_stride y_stride room_stride p_stride N K R"
-    shape: dict[str, object] = {"ROUND_FIRST": True, "ROWS": ROWS, "BLOCK_E": 2048, "SPLIT": SPLIT, "BLOCK_K": _block_k(rank, 2), "BLOCK_R": rank}
-    shape |= dict.fromkeys(absent.split()) | ({"a_column": 1} if a_rank is None else {"a_rank": a_rank})
+    blocks = {"ROWS": ROWS, "BLOCK_E": 2048, "SPLIT": SPLIT, "BLOCK_K": _block_k(rank, 2), "BLOCK_R": rank}
+    shape = {"ROUND_FIRST": True} | blocks | dict.fromkeys(absent.split()) | ({"a_column": 1} if a_rank is None else {"a_rank": a_rank})
     signature = signature_of(pointers, integers, "eps offset", rstd_ptr="*fp32")
     return Aot(f"read_rows {name} r={rank}", _read_rows_kernel, signature, shape, SPLIT, _stages(rank), allowed_spill=0, min_arch=80)
 
