@@ -30,6 +30,12 @@ EOS_ONLY_AT_THE_END = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% else %}{{ eos_token }}{% endif %}"
 )
+PHI4 = (
+    "{% for m in messages %}{% if m.role in ('system', 'user', 'assistant') %}"
+    "<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}"
+)
+_HARMONY_TOKENS = ["<|startoftext|>", "<|return|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>"]
 _R1_TOKENS = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"]
 
 # family -> (template, control tokens, end of text)
@@ -46,6 +52,9 @@ FAMILIES = {
     "phi3": ("phi3", ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"], "<|endoftext|>"),
     "qwen2_5": ("qwen2_5", ["<|im_start|>", "<|im_end|>"], "<|im_end|>"),
     "qwen3": ("qwen3", ["<|im_start|>", "<|im_end|>", "<think>", "</think>"], "<|im_end|>"),
+    "qwen3_5": ("qwen3_5_think", ["<|im_start|>", "<|im_end|>", "<think>", "</think>"], "<|im_end|>"),
+    "gpt_oss": ("gptoss", _HARMONY_TOKENS, "<|return|>"),
+    "phi4": (PHI4, ["<|im_start|>", "<|im_end|>", "<|im_sep|>"], "<|im_end|>"),
     "deepseek_r1": ("deepseek_r1_distill", _R1_TOKENS, _R1_TOKENS[1]),
 }  # fmt: skip
 

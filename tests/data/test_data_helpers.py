@@ -127,6 +127,13 @@ def test_train_on_responses_only_with_given_parts():
     assert function({"input_ids": trainer.train_dataset["input_ids"][:]})["labels"] == trainer.train_dataset["labels"][:]
 
 
+def test_train_on_the_last_response_only():
+    tokenizer = tokenizer_of("chatml")
+    trainer = trainer_of(tokenizer, [tokenizer.apply_chat_template(CHAT, tokenize=False)])
+    trainer = train_on_responses_only(trainer, last_response_only=True)
+    assert learned(tokenizer, trainer.train_dataset[0]) == "A dict.<|im_end|>\n"
+
+
 def test_rows_with_nothing_to_learn_are_counted_and_dropped():
     tokenizer = tokenizer_of("chatml")
     text = tokenizer.apply_chat_template(CHAT, tokenize=False)

@@ -1,5 +1,7 @@
 """The mask table: (template, conversation) -> exactly the text that is learned."""
 
+from pathlib import Path
+
 import pytest
 from chat_families import TRL_TEMPLATES, tokenizer_of
 
@@ -43,9 +45,25 @@ TABLE = [
     ("qwen3", ONE, [["<think>\n\n</think>\n\nok<|im_end|>"]]),
     # Qwen3 drops the thinking of earlier turns: one sequence a turn, each as the model meets it
     ("qwen3", THOUGHT, [["<think>\nadd\n</think>\n\n4<|im_end|>"], ["<think>\nsame\n</think>\n\n4<|im_end|>"]]),
+    # Qwen3.5 opens the thinking in the prompt: what is learned begins inside it
+    ("qwen3_5", ONE, [["\n</think>\n\nok<|im_end|>"]]),
+    ("qwen3_5", THOUGHT, [["add\n</think>\n\n4<|im_end|>"], ["same\n</think>\n\n4<|im_end|>"]]),
+    # gpt-oss ends the last answer alone with <|return|>, which is what makes the model stop
+    ("gpt_oss", SYSTEM, [["<|channel|>final<|message|>ok<|return|>"], ["<|channel|>final<|message|>" + BYE + "<|return|>"]]),
+    ("phi4", SYSTEM, [["ok<|im_end|>", BYE + "<|im_end|>"]]),
     # R1 puts <think> into the prompt and renders finished turns without their thinking
     ("deepseek_r1", TWO, [["ok<｜end▁of▁sentence｜>", BYE + "<｜end▁of▁sentence｜>"]]),
 ]  # fmt: skip
+RECIPES = {
+    "deepseek-r1-distill": "deepseek_r1", "gemma-2": "gemma", "gemma-3": "gemma3", "gpt-oss": "gpt_oss", "llama-3": "llama3_1",
+    "mistral": "mistral", "phi-3": "phi3", "phi-4": "phi4", "qwen-2.5": "qwen2_5", "qwen-3": "qwen3", "qwen-3.5": "qwen3_5", "yi": "chatml",
+}  # fmt: skip
+
+
+def test_the_template_of_every_recipe_is_in_the_table():
+    recipes = Path(__file__).parents[2] / "recipes"
+    assert {path.stem for path in recipes.glob("*.yaml")} == set(RECIPES)
+    assert set(RECIPES.values()) <= {family for family, _, _ in TABLE}
 
 
 @pytest.mark.parametrize(("family", "messages", "expected"), TABLE)

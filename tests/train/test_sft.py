@@ -129,6 +129,20 @@ def test_packing_takes_fewer_steps(short, tmp_path):
     assert packed.metrics[-1]["tokens"] == plain.metrics[-1]["tokens"]
 
 
+@pytest.mark.parametrize("how", [{"packing": True, "max_seq_length": 96}, {"group_by_length": True}], ids=["packed", "grouped"])
+def test_a_run_resumes_in_the_middle_of_an_epoch_as_if_it_had_never_stopped(how, settings, tmp_path, monkeypatch):
+    settings = {**settings, **how, "gradient_accumulation_steps": 1, "num_train_epochs": 2, "max_steps": -1, "save_steps": 1}
+    whole = run(settings, output_dir=str(tmp_path / "whole"))
+    assert len(whole.metrics) >= 4 and len(whole.metrics) % 2 == 0
+    stop_after(len(whole.metrics) // 2 + 1, monkeypatch)  # one step into the second epoch, whose order is another
+    assert run(settings).interrupted
+    monkeypatch.undo()
+    resumed = train(resume=settings["output_dir"], console=Console(file=io.StringIO()))
+    assert [line["loss"] for line in resumed.metrics] == [line["loss"] for line in whole.metrics]
+    weights, expected = (load_file(result.adapter_dir / "adapter_model.safetensors") for result in (resumed, whole))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
 def test_val_size_holds_rows_out(short):
     result = run(short, val_size=0.25, generate_rows=0)
     data = RunFolder(result.run_dir).read_json("data.json")

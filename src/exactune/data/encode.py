@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from exactune.data.render import Piece, Span
@@ -70,7 +71,24 @@ class Encoder:
         else:
             out = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
             offsets = [self._offsets_by_decoding(ids, text) for ids, text in zip(out["input_ids"], texts)]
-        return [self._encoded(piece, ids, spans) for piece, ids, spans in zip(pieces, out["input_ids"], offsets)]
+        return [self._encoded(piece, *self._parted(piece, ids, spans)) for piece, ids, spans in zip(pieces, out["input_ids"], offsets)]
+
+    def _parted(self, piece: Piece, ids: list[int], offsets: list[Span]) -> tuple[list[int], list[Span]]:
+        """The same ids, but none that reaches across the end of a generation prompt, which the model is given in tokens of its own.
+
+        Qwen3.5's prompt ends with a line break, and an answer without thoughts begins with another: together they are one token.
+        """
+        ends = [end for _, end in offsets]
+        cuts = [start for start in piece.starts if (at := bisect_right(ends, start)) < len(ids) and offsets[at][0] < start]
+        if not cuts or not self.tokenizer.is_fast:
+            return ids, offsets
+        bounds = [0, *cuts, len(piece.text)]
+        parts = [piece.text[start:end] for start, end in pairwise(bounds)]
+        out = self.tokenizer(parts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+        parted = [token for part in out["input_ids"] for token in part]
+        if self.tokenizer.decode(parted) != self.tokenizer.decode(ids):  # a tokenizer that marks the beginning of every text
+            return ids, offsets
+        return parted, [(start + a, start + b) for start, part in zip(bounds, out["offset_mapping"]) for a, b in part]
 
     def _offsets_by_decoding(self, ids: list[int], text: str) -> list[Span]:
         """Offsets for tokenizers that give none: each token's end is the length its prefix decodes to, if that reproduces the text."""

@@ -39,6 +39,7 @@ class Piece:
     plain: bool = False  # not from a template: the tokenizer's own first tokens and the end-of-text token are still to be added
     turns: bool = True  # each span is an assistant's turn, which ends with its end-of-turn token
     prompt_differs: bool = False  # the generation prompt is not how the template renders the finished turn
+    starts: Sequence[int] = ()  # where a generation prompt ends, as far as it is known: no token reaches across
 
 
 class ChatTemplate:
@@ -146,7 +147,8 @@ class ChatTemplate:
         spans = [self._span(text, messages, k, fields) for k in turns]
         if all(span is not None for span, _ in spans):
             learned = [part for (span, _), k in zip(spans, turns) if span for part in self._learned(text, messages, k, span, fields)]
-            return [Piece(text, learned, prompt_differs=any(differs for _, differs in spans))]
+            starts = [span[0] for span, differs in spans if span and not differs]
+            return [Piece(text, learned, prompt_differs=any(differs for _, differs in spans), starts=starts)]
         return [self._turn_alone(messages[: k + 1], fields) for k in turns]
 
     def _from_marks(self, messages: Sequence[Message], fields: dict[str, Any], turns: list[int]) -> Piece:
@@ -175,7 +177,8 @@ class ChatTemplate:
                 "the chat template renders what stands before an answer differently once the answer is there, so its tokens cannot be told",
                 "template_unclear",
             )
-        return Piece(text, self._learned(text, messages, len(messages) - 1, span, fields), prompt_differs=differs)
+        learned = self._learned(text, messages, len(messages) - 1, span, fields)
+        return Piece(text, learned, prompt_differs=differs, starts=[] if differs else [span[0]])
 
     def _span(self, text: str, messages: Sequence[Message], k: int, fields: dict[str, Any]) -> tuple[Span | None, bool]:
         """Where turn `k` stands in `text`, the rendering of all `messages`; None where `text` does not hold it as rendered up to there."""

@@ -8,7 +8,7 @@ masks off the template instead.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -25,12 +25,14 @@ def train_on_responses_only(
     tokenizer: Any = None,
     return_function: bool = False,
     num_proc: int | None = None,
+    last_response_only: bool = False,
 ) -> Any:
     """`trainer`, with the labels of its training and evaluation rows masked to the responses.
 
-    The parts are read off the tokenizer's chat template where they are not given. Rows that are left with nothing to learn are
-    dropped, with a warning that counts and numbers them. `return_function` gives the function on a batch (`input_ids` -> `labels`) instead.
-    `force_match` is accepted for existing scripts; markers are matched in the text, where token boundaries do not matter.
+    The parts are read off the tokenizer's chat template where they are not given; with `last_response_only` the last response of each
+    row alone is learned. Rows that are left with nothing to learn are dropped, with a warning that counts and numbers them.
+    `return_function` gives the function on a batch (`input_ids` -> `labels`) instead. `force_match` is accepted for existing scripts;
+    markers are matched in the text, where token boundaries do not matter.
 
     Raises: `DataError` where no row has a response; `ConfigError` for a collator that makes labels of its own.
     """
@@ -41,7 +43,7 @@ def train_on_responses_only(
     if instruction_part is None or response_part is None:
         found = parts_of(tokenizer)
         instruction_part, response_part = instruction_part or found[0], response_part or found[1]
-    mask = _masker(tokenizer, instruction_part, response_part)
+    mask = _masker(tokenizer, instruction_part, response_part, last_response_only)
     if return_function:
         return mask
     collator = getattr(trainer, "data_collator", None)
@@ -73,7 +75,7 @@ def parts_of(tokenizer: Any) -> tuple[str, str]:
     return instruction, response
 
 
-def _masker(tokenizer: Any, instruction_part: str, response_part: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _masker(tokenizer: Any, instruction_part: str, response_part: str, last_only: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
     @cache
     def piece(token: int) -> str:
         """The text that one token stands for inside a text (decoding alone would drop a leading space)."""
@@ -89,23 +91,27 @@ def _masker(tokenizer: Any, instruction_part: str, response_part: str) -> Callab
         for token in ids:
             at += len(piece(token))
             ends.append(at)
-        text = "".join(map(piece, ids))
-        out = [IGNORED] * len(ids)
-        opened = text.find(response_part)
-        while opened >= 0:
-            start = opened + len(response_part)
-            closed = text.find(instruction_part, start)
-            stop = closed if closed >= 0 else len(text)
-            for k, end in enumerate(ends):
-                if start < end <= stop and k > 0:
-                    out[k] = ids[k]
-            opened = text.find(response_part, stop) if closed >= 0 else -1
-        return out
+        responses = list(_responses("".join(map(piece, ids)), instruction_part, response_part))
+        learned = responses[-1:] if last_only else responses
+        return [
+            token if k > 0 and any(start < end <= stop for start, stop in learned) else IGNORED
+            for k, (token, end) in enumerate(zip(ids, ends))
+        ]
 
     def mask(batch: dict[str, Any]) -> dict[str, Any]:
         return {"labels": [labels(list(ids)) for ids in batch["input_ids"]]}
 
     return mask
+
+
+def _responses(text: str, instruction_part: str, response_part: str) -> Iterator[tuple[int, int]]:
+    """(start, end) of what stands between a `response_part` and the next `instruction_part`."""
+    opened = text.find(response_part)
+    while opened >= 0:
+        start = opened + len(response_part)
+        closed = text.find(instruction_part, start)
+        yield start, closed if closed >= 0 else len(text)
+        opened = text.find(response_part, closed) if closed >= 0 else -1
 
 
 def _masked(rows: Any, mask: Callable[[dict[str, Any]], dict[str, Any]], name: str, response_part: str, num_proc: int | None) -> Any:
