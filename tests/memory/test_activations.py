@@ -1,5 +1,7 @@
 """The planner's bytes are those that the layer really holds, for every policy: counted on its own saved tensors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from memory_layers import batch_of, fused_layers, run
@@ -13,10 +15,13 @@ from exactune.memory import phases
 from exactune.memory.activations import kept_tensors, on_device, on_host, roomy, travelling
 from exactune.memory.job import Job
 from exactune.memory.offload import HostStore
+from exactune.memory.phases import Step, peak
 from exactune.memory.pieces import host_bytes
-from exactune.memory.policy import STAYS, Tiling, policies
+from exactune.memory.policy import KEEP_ALL, STAYS, Tiling, policies
 from exactune.memory.shape import Shape
-from families import four_bit_model, tiny_model
+from exactune.models.accelerate import accelerate
+from exactune.models.memory import job_of
+from families import four_bit_model, loss_and_grads, random_batch, tiny_model, with_lora
 
 SIZES = {
     "llama": {},
@@ -111,6 +116,28 @@ def test_adapters_weights_and_gradients(family, r):
     assert job.adapter_weights(shape) == sum(p.numel() for p in trained)
     linears = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters() if not p.requires_grad}
     assert job.weights(shape) == sum(linears.values())
+
+
+@pytest.mark.parametrize(("tied", "whole"), [(False, ["embed_tokens"]), (False, ["embed_tokens", "lm_head"]), (True, ["embed_tokens"])])
+def test_embedding_and_head_trained_whole_beside_the_adapters(tied, whole):
+    model = with_lora(tiny_model("llama", torch.bfloat16, tie_word_embeddings=tied), modules_to_save=[*whole], ensure_weight_tying=tied)
+    accelerate(model, verify=False)
+    shape, job = Shape.of(model.config), replace(job_of(model, optim="adamw_torch_fused"), gpu=True)
+    assert job.whole == tuple(whole) and not Step(shape, replace(job, graphs=True), 2, 50).recorded(())
+    trained = {id(p): p for p in model.parameters() if p.requires_grad}.values()
+    frozen = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters() if not p.requires_grad}
+    assert job.weights(shape) == sum(frozen.values())
+    assert job.trained(shape) == sum(p.numel() for p in trained)
+    assert job.adapters(shape) == job.gradients(shape) == sum(p.nbytes for p in trained)
+    optimizer = torch.optim.AdamW(trained)
+    loss_and_grads(model, **random_batch(2, 50))
+    optimizer.step()
+    state = sum(t.nbytes for values in optimizer.state.values() for name, t in values.items() if name != "step")
+    assert job.optimizer(shape) == state
+    backward = peak(Step(shape, job, 2, 50), [KEEP_ALL] * shape.layers)["backward"]
+    bare = peak(Step(shape, replace(job, whole=()), 2, 50), [KEEP_ALL] * shape.layers)["backward"]
+    head = 2 * shape.vocabulary * shape.hidden
+    assert backward - bare == (head if tied or "lm_head" in whole else 0), "the head's gradient is there from the first layer on"
 
 
 def test_four_bit_weights(tmp_path):

@@ -13,6 +13,7 @@ from exactune.errors import ConfigError
 if TYPE_CHECKING:
     from exactune.memory.phases import Step
     from exactune.memory.plan import Plan
+    from exactune.memory.shape import Shape
 
 
 def plan(
@@ -66,7 +67,7 @@ def _step(run: dict[str, Any], given: dict[str, Any]) -> Step:
     method = given.get("method") or run.get("method") or "lora"
     if method not in ("lora", "qlora", "full"):
         raise ConfigError(f"method {method!r} is none of lora, qlora and full.")
-    targets = run.get("target_modules")
+    shape, targets = _shape(name), run.get("target_modules")
     job = Job(
         bits=4 if method == "qlora" else 16,
         r=given.get("r") or run.get("r") or 16,
@@ -78,14 +79,24 @@ def _step(run: dict[str, Any], given: dict[str, Any]) -> Step:
         deterministic=bool(run.get("deterministic")),
         in_backward=bool(run.get("optimizer_in_backward")),
         graphs=run.get("cuda_graphs", True),
-        own_embedding="embed_tokens" not in (run.get("modules_to_save") or ()),
+        whole=() if method == "full" else _trained_ends(run, shape),
+        own_embedding=True,
         dropout=bool(run.get("lora_dropout")),
     )
     rows = given.get("batch") or run.get("per_device_train_batch_size") or 2
-    return Step(_shape(name), job, rows, given.get("seq") or run.get("max_seq_length") or 2048)
+    return Step(shape, job, rows, given.get("seq") or run.get("max_seq_length") or 2048)
 
 
-def _shape(name: str) -> Any:
+def _trained_ends(run: dict[str, Any], shape: Shape) -> tuple[str, ...]:
+    """Which of embedding and head the run trains whole, beside its adapter; a matrix that is both, once."""
+    from exactune.memory.job import ENDS
+
+    both = run.get("embedding_learning_rate") is not None
+    named = tuple(name for name in ENDS if both or name in (run.get("modules_to_save") or ()))
+    return named[:1] if shape.tied else named
+
+
+def _shape(name: str) -> Shape:
     from exactune.memory.shape import Shape
     from exactune.models.plainly import said_plainly
 

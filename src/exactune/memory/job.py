@@ -10,6 +10,7 @@ from exactune.errors import ConfigError
 from exactune.memory.shape import Shape
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj")
+ENDS = ("embed_tokens", "lm_head")
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # packed; a byte a block of 64; a float32 a block of 256 blocks
 
 # Bytes a trained weight: state on the device, state on the host.
@@ -33,6 +34,7 @@ class Job:
     r: int = 16
     targets: tuple[str, ...] = LORA_TARGETS
     full: bool = False
+    whole: tuple[str, ...] = ()  # of `ENDS`, those trained beside the adapters, as copies of the frozen ones (`modules_to_save`)
     optim: str = "adamw_torch"
     in_backward: bool = False  # each parameter is updated and its gradient freed as soon as that is known
     accumulates: bool = False  # gradients of earlier passes are there while this one runs
@@ -66,8 +68,12 @@ class Job:
         parts = (part for parts in shape.projections.values() for part in parts)
         return shape.layers * sum(self.r * (outputs + inputs) for name, outputs, inputs in parts if name in self.targets)
 
+    def copies(self, shape: Shape) -> int:
+        """Weights of the ends that are trained whole."""
+        return len(self.whole) * shape.vocabulary * shape.hidden
+
     def trained(self, shape: Shape) -> int:
-        return shape.parameters if self.full else self.adapter_weights(shape)
+        return shape.parameters if self.full else self.adapter_weights(shape) + self.copies(shape)
 
     def matrix_bytes(self, shape: Shape, group: str) -> int:
         """The extended matrix of a group: weights with room for the adapters."""
@@ -92,16 +98,13 @@ class Job:
         return sum(self.matrix_bytes(shape, group) for group in shape.groups) if self.bits == 4 else 0
 
     def adapters(self, shape: Shape) -> int:
-        return 4 * self.adapter_weights(shape)
-
-    def gradient_width(self) -> int:
-        return self.width if self.full else 4
+        return 4 * self.adapter_weights(shape) + self.width * self.copies(shape)
 
     def gradients(self, shape: Shape) -> int:
         """Gradients of everything trained; one weight's at a time where the optimizer steps in the backward."""
         if self.in_backward:
-            return self.gradient_width() * max(shape.vocabulary * shape.hidden, shape.inner * shape.hidden)
-        return self.gradient_width() * self.trained(shape)
+            return self.width * max(shape.vocabulary * shape.hidden, shape.inner * shape.hidden)
+        return self.width * shape.parameters if self.full else self.adapters(shape)
 
     def optimizer(self, shape: Shape) -> int:
         return self._state(shape, *OPTIMIZERS[self.optim])
@@ -111,17 +114,18 @@ class Job:
 
     def optimizer_work(self, shape: Shape) -> int:
         """What the optimizer's step forms: torch's that goes over lists of tensors, a square root of every second moment."""
-        return math.ceil(4 * self._state_share()) * self.trained(shape) if self.optim == "adamw_torch" else 0
+        return self.gradients(shape) if self.optim == "adamw_torch" and not self.in_backward else 0
 
     def _state(self, shape: Shape, here: float, elsewhere: float) -> int:
-        """Bytes of state in one place, at `here` bytes a weight; transformers' trainer keeps an embedding's 8-bit state in 32 bits."""
-        weights = self.trained(shape)
-        in_32 = shape.vocabulary * shape.hidden if self.full and "8bit" in self.optim and here > elsewhere else 0
-        return math.ceil(here * (weights - in_32) * self._state_share()) + 8 * in_32
+        """Bytes of state in one place, at `here` bytes a weight; transformers' trainer keeps an embedding's 8-bit state in 32 bits.
 
-    def _state_share(self) -> float:
-        """torch's optimizers hold their state in the parameter's own format, bitsandbytes' in theirs."""
-        return self.width / 4 if self.full and "torch" in self.optim else 1.0
+        torch's optimizers hold their state in the parameter's own format, bitsandbytes' in theirs; adapters are float32.
+        """
+        own = self.trained(shape) if self.full else self.copies(shape)
+        embedding = self.full or "embed_tokens" in self.whole
+        in_32 = shape.vocabulary * shape.hidden if embedding and "8bit" in self.optim and here > elsewhere else 0
+        share = self.width / 4 if "torch" in self.optim else 1.0
+        return math.ceil(here * (self.trained(shape) - own + (own - in_32) * share)) + 8 * in_32
 
 
 def padded(rank: int) -> int:

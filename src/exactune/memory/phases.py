@@ -50,7 +50,12 @@ class Step:
     @property
     def hostable(self) -> bool:
         """Whether the table of embeddings may be in host memory."""
-        return self.job.own_embedding and self.job.gpu and not self.job.full and not self.shape.tied
+        job = self.job
+        return job.own_embedding and job.gpu and not job.full and "embed_tokens" not in job.whole and not self.shape.tied
+
+    @property
+    def trains_head(self) -> bool:
+        return self.job.full or "lm_head" in self.job.whole or (self.shape.tied and bool(self.job.whole))
 
     @property
     def tile(self) -> int:
@@ -162,7 +167,7 @@ class Step:
         """Beside what the layers kept: hidden states before and after the last norm, a chunk of logits, the states' gradient."""
         rows = chunk_rows(self.n, self.shape.vocabulary, self.job.width, self.tiling.logits or CHUNK_BYTES)
         logits = rows * -(-self.shape.vocabulary // 64) * 64 * self.job.width
-        weights = self.shape.vocabulary * self.shape.hidden * (4 if rows < self.n else self.job.width) if self.job.full else 0
+        weights = self.shape.vocabulary * self.shape.hidden * (4 if rows < self.n else self.job.width) if self.trains_head else 0
         return 3 * self.u + logits + rows * self.shape.hidden * self.job.width + weights
 
     def head_backward(self) -> float:
@@ -180,7 +185,7 @@ class Step:
 
     def recorded(self, policies: Sequence[Policy]) -> bool:
         """Whether a pass of this size is replayed from CUDA graphs once it has come a few times."""
-        if not self.job.graphs or self.job.full or any(policy.offload != "nothing" for policy in policies):
+        if not self.job.graphs or self.job.full or self.job.whole or any(policy.offload != "nothing" for policy in policies):
             return False
         return 4.0 * self.n * self.shape.linear_weights < LAUNCH_BOUND
 
@@ -198,7 +203,10 @@ def peak(step: Step, policies: Sequence[Policy]) -> dict[str, float]:
         works = step.layer_backward(policy, last=False), step.layer_backward(policy, last=True)
         numbers[policy] = (step.held(policy), step.on_its_way(policy), step.stored_in_tiles(policy), *works)
     gradients = job.gradients(shape)
-    each = 0 if job.in_backward else gradients / shape.layers
+    ends = job.width * job.copies(shape)
+    # The head's is the first, the embedding's the last: counted with all the others after the backward.
+    first = ends / len(job.whole) if step.trains_head and job.whole else 0
+    each = 0 if job.in_backward else (gradients - ends) / shape.layers
     there = gradients if job.accumulates or job.in_backward else 0
     forward_work = step.layer_forward()
     forward, kept, before = 0.0, 0.0, 0.0
@@ -209,7 +217,7 @@ def peak(step: Step, policies: Sequence[Policy]) -> dict[str, float]:
         kept, before = kept + held, way or before
     head = kept + before + max(step.head_forward(), step.head_backward())
     ways = [numbers[policy][1] for policy in policies]
-    backward, grown = 0.0, 0.0
+    backward, grown = 0.0, first
     last = len(policies) - 1
     for index in range(last, -1, -1):
         held, way, _, work, work_last = numbers[policies[index]]

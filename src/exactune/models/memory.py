@@ -11,7 +11,7 @@ import torch
 from exactune.lora.live import is_nf4
 from exactune.memory.allocator import segments_grow
 from exactune.memory.budget import device_budget, host_budget
-from exactune.memory.job import LORA_TARGETS, Job
+from exactune.memory.job import ENDS, LORA_TARGETS, Job
 from exactune.memory.mends import chosen
 from exactune.memory.offload import HostStore
 from exactune.memory.phases import Step
@@ -50,6 +50,7 @@ def job_of(model: Any, *, optim: str = "adamw_torch", accumulates: bool = False,
         r=max(ranks.values(), default=1),
         targets=tuple(name for name in LORA_TARGETS if name in ranks),
         full=not adapters,
+        whole=_trained_ends(base) if adapters else (),
         optim=optim,
         accumulates=accumulates,
         packed=packed,
@@ -61,6 +62,16 @@ def job_of(model: Any, *, optim: str = "adamw_torch", accumulates: bool = False,
         own_embedding=may_be_hosted(model),
         gpu=base.device.type == "cuda",
     )
+
+
+def _trained_ends(base: Any) -> tuple[str, ...]:
+    """Which of embedding and head are trained whole; a copy that both share counts once."""
+    found: dict[int, str] = {}
+    for name, module in zip(ENDS, (base.get_input_embeddings(), base.get_output_embeddings())):
+        for path, p in () if module is None else module.named_parameters():
+            if p.requires_grad and "lora_" not in path and p.dim() == 2:
+                found.setdefault(id(p), name)
+    return tuple(found.values())
 
 
 def _dropouts(module: Any) -> Iterable[Any]:
