@@ -6,6 +6,7 @@ python bench/latent.py --tokens 2048 --rows 4
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -57,7 +58,7 @@ def backends(rows: int, tokens: int) -> None:
     v = torch.randn(rows, tokens, heads, 128, device="cuda", dtype=torch.bfloat16)
     padded = torch.nn.functional.pad(v, (0, 64))
     call = Call(scale=192**-0.5)
-    kinds = {
+    kinds: dict[str, tuple[Callable[..., Any], Callable[..., Any], Tensor]] = {
         "own": (flash_attention_forward, flash_attention_backward, v),
         "cuDNN": (cudnn_forward, cudnn_backward, v),
         "flash, values padded": (flash_forward, flash_backward, padded),
