@@ -26,6 +26,7 @@ from exactune.models.notes import base_model, bind, unbind
 from exactune.models.observe import blocks_of, decoder_of, observe, takes_causal_mask
 from exactune.models.replay import Passes
 from exactune.models.report import Report
+from exactune.models.settled import settle, unsettle
 from exactune.models.stock_head import DecoderForward
 from exactune.models.wide_stream import WideStream, leaves_range
 
@@ -123,6 +124,7 @@ def _install(base: Any, decoder: Any, blocks: list[Any], state: Acceleration, *,
         installer.install(base.config.get_text_config(), "layers")
         _install_final_norms(decoder, state)
     bind(base, save_pretrained=_save_pretrained)
+    settle(base)
     if base.get_output_embeddings() is None:
         _install_under_stock_head(base, decoder, len(blocks), state)
         return
@@ -174,6 +176,7 @@ def _take_back(base: Any, state: Acceleration) -> None:
         hook.remove()
     host_embedding(base, False)
     unbind(base, "save_pretrained")
+    unsettle(base)
     if state.head is not None:
         state.head.active = False  # a trainer may hold it inside a wrapper of its own
         if state.head.passes is not None:
