@@ -54,7 +54,7 @@ def log_probs_and_grads(model, batch, **request):
     """Log-probabilities of the labels, their entropies, and the gradients of a sum that weighs every one of them otherwise."""
     model.zero_grad()
     out = model(**batch, token_log_probs=True, **request)
-    weights = torch.linspace(0.5, 1.5, out.log_probs.numel(), dtype=out.log_probs.dtype).view_as(out.log_probs)
+    weights = torch.linspace(0.5, 1.5, out.log_probs.numel()).to(out.log_probs).view_as(out.log_probs)
     (weights * out.log_probs + 0.3 * weights.flip(1) * out.entropy.detach() * out.log_probs).sum().backward()
     return out.log_probs.detach(), out.entropy.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -70,7 +70,7 @@ def stock_log_probs(model, batch):
 def of_stock(model, batch):
     model.zero_grad()
     log_probs, entropy = stock_log_probs(model, batch)
-    weights = torch.linspace(0.5, 1.5, log_probs.numel(), dtype=log_probs.dtype).view_as(log_probs)
+    weights = torch.linspace(0.5, 1.5, log_probs.numel()).to(log_probs).view_as(log_probs)
     (weights * log_probs + 0.3 * weights.flip(1) * entropy * log_probs).sum().backward()
     return log_probs.detach(), entropy, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
