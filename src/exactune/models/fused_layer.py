@@ -44,6 +44,11 @@ class Shared:
             self._batches[key] = batch, cos  # held, or another tensor could come to have its id
         return self._batches[key][0]
 
+    def ran_stock(self, why: object) -> None:
+        """Count a call that the stock code answered, if it is learned from: generating and evaluating are the stock parts' own work."""
+        if torch.is_grad_enabled():
+            self.stock_calls[str(why)] += 1
+
     def release(self) -> None:
         """Forget the batches: they hold tensors of the last pass."""
         self._batches.clear()
@@ -68,7 +73,7 @@ class FusedLayer:
         try:
             return self.strict(hidden_states, *args, **kwargs)
         except Unreadable as why:
-            self.shared.stock_calls[str(why)] += 1
+            self.shared.ran_stock(why)
             stock = functools.partial(type(self.module).forward, self.module)
             return in_stock(stock, self.config, self.parts.attention.window, hidden_states, args, kwargs)
 

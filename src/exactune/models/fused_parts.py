@@ -37,7 +37,7 @@ class FusedPart(ABC):
         try:
             return self.strict(*args, **kwargs)
         except Unreadable as why:
-            self.shared.stock_calls[str(why)] += 1
+            self.shared.ran_stock(why)
             return self.stock(*args, **kwargs)
 
     def stock(self, *args: Any, **kwargs: Any) -> Any:

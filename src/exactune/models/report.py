@@ -29,7 +29,7 @@ class Report:
     parts: list[PartReport] = field(default_factory=list)
     head: str = "stock"
     stock: Counter[str] = field(default_factory=Counter)  # reason -> parts left stock
-    stock_calls: Counter[str] = field(default_factory=Counter)  # reason -> calls that ran stock after the swap, live
+    stock_calls: Counter[str] = field(default_factory=Counter)  # reason -> training calls that ran stock after the swap, live
     wide_stream: bool = False  # a float16 model whose residual stream is kept in float32
     passes: Passes | None = None  # recordings of small batches, live
 
