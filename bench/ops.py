@@ -25,7 +25,7 @@ import torch
 
 from timing import milliseconds, peaks
 
-MODULES = ("ops_layer", "ops_lowrank")
+MODULES = ("ops_layer", "ops_rows")
 
 
 @dataclass

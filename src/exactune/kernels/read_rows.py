@@ -87,7 +87,7 @@ def _times_factor(
     return tl.sum(acc, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _read_rows_kernel(
     x_ptr, residual_ptr, weight_ptr, a_ptr, sum_ptr, y_ptr, rstd_ptr, room_ptr, p_ptr,
     x_stride, residual_stride, a_rank, a_column, sum_stride, y_stride, room_stride, p_stride, N, K, R, eps, offset,
