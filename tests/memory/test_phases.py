@@ -4,6 +4,7 @@ import pytest
 import torch
 from memory_layers import batch_of, fused_layers, run
 from memory_peak import Peak, kernels_that_only_allocate
+from memory_segment import Segment
 
 from exactune.lora import decoder_layer, gradients
 from exactune.memory import phases
@@ -71,6 +72,23 @@ def test_peak_of_every_policy(monkeypatch, model_and_layers, tiling, ahead, few)
         off += [(name, phase, found[phase] / predicted[phase]) for phase in found]
     bad = [entry for entry in off if not 0.95 <= entry[2] <= 1.02]
     assert not bad, bad
+
+
+@pytest.mark.parametrize("name", ["layer", "attention"])
+def test_what_layers_keep_lies_together(monkeypatch, name):
+    sizes = {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 32}
+    model, layers = fused_layers("llama", num_hidden_layers=16, **sizes)
+    monkeypatch.setattr(decoder_layer, "FEW_ROWS", 0)
+    segment, store = Segment(), HostStore(torch.device("cpu"))
+    with kernels_that_only_allocate(monkeypatch), segment:
+        run(
+            layers,
+            batch_of(model.config, 1, TOKENS, Tiling()),
+            torch.empty(TOKENS, 1024, requires_grad=True) * 1,
+            [policies()[name]],
+            store,
+        )
+    assert segment.reserved < 1.04 * segment.most
 
 
 def test_peak_under_adapter_dropout(monkeypatch):

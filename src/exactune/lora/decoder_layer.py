@@ -33,9 +33,11 @@ from exactune.memory.policy import LEANEST, Policy
 def forward(layer: Layer, batch: Batch, x: Tensor, policy: Policy) -> tuple[Tensor, Kept]:
     """y [N, E] of x [N, E], and what `policy` keeps."""
     kept = Kept(x=x)
+    # First, while the memory of the last layer's temporaries is one piece: what stays takes its beginning. Among this layer's
+    # temporaries it would leave holes too small for the next layer's, half an activation a layer.
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     _attention_inputs(layer, batch, kept)
     _attend(layer, batch, kept, policy)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     with filled_once(layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
         for rows in batch.tiles():
             # A function of its own: what one tile needs is gone before the next begins.

@@ -106,14 +106,14 @@ class Step:
         """The widest moment of one layer's forward, everything counted that it holds, its input included."""
         shape, kept, t = self.shape, self.kept, self.tile
         part = t / self.n
-        inputs = self.u + kept["qkv"] + kept["p_qkv"]
+        inputs = 2 * self.u + kept["qkv"] + kept["p_qkv"]  # with room for the layer's result
         project = inputs + self.with_room(shape.hidden, "qkv", rows=t)
         attend = inputs + self._attention_forward()
         tile = self.u * part * (4 if shape.sandwich else 2) + self.with_room(shape.hidden, "gate_up", rows=t)
         h = t * shape.inner * self.job.width
         tile += kept["gate_up"] * part + self.with_room(shape.inner, "down", rows=t) + (h if self.job.dropout else 0)
         ranks = part * (kept["p_out"] + kept["p_gate_up"] + kept["p_down"])
-        return max(project, attend, inputs + kept["attended"] + kept["lse"] + self.u + tile + ranks)
+        return max(project, attend, inputs + kept["attended"] + kept["lse"] + tile + ranks)
 
     def stored_in_tiles(self, policy: Policy) -> int:
         """What a tiled forward gathers whole beside its tiles, because the policy keeps it."""
