@@ -12,7 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from exactune.lora.experts_ops import combine
@@ -27,16 +29,17 @@ class Readers:
     counted: Tensor  # [N, C] float32: 1 for a place that reads the token, 0 for the filling
 
     @classmethod
-    def of(cls, source: Tensor, tokens: int, read: Tensor | None = None) -> Readers:
-        """From `source` [M] on the CPU: what each place reads of `tokens`; places that are not `read` [M] stand for nothing."""
-        counts = torch.bincount(source if read is None else source[read], minlength=tokens)
-        order = source.argsort(stable=True) if read is None else read.nonzero()[:, 0][source[read].argsort(stable=True)]
-        nth = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        places = torch.zeros(tokens, max(1, int(counts.max())), dtype=torch.int32)
-        counted = torch.zeros(places.shape)
-        places[source[order], nth] = order.to(torch.int32)
-        counted[source[order], nth] = 1.0
-        return cls(source.to(torch.int32)[:, None], places, counted)
+    def of(cls, source: NDArray, tokens: int, read: NDArray | None = None) -> Readers:
+        """From `source` [M]: what each place reads of `tokens`; places that are not `read` [M] stand for nothing."""
+        by_token = np.arange(len(source)) if read is None else read.nonzero()[0]
+        by_token = by_token[source[by_token].argsort(kind="stable")]
+        readers = source[by_token]
+        counts = np.bincount(readers, minlength=tokens)
+        nth = np.arange(len(readers)) - (counts.cumsum() - counts)[readers]
+        places = np.zeros((tokens, max(1, counts.max())), np.int32)
+        counted = np.zeros(places.shape, np.float32)
+        places[readers, nth], counted[readers, nth] = by_token, 1.0
+        return cls(*map(torch.from_numpy, (source.astype(np.int32)[:, None], places, counted)))
 
     def to(self, device: torch.device) -> Readers:
         return Readers(*(getattr(self, name).to(device, non_blocking=True) for name in ("source", "places", "counted")))

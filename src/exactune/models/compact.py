@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from exactune.lora.spread import Readers, Spread
@@ -47,61 +49,60 @@ def compact(ids: Tensor, mask: Tensor | None, labels: Tensor) -> Compact | None:
 
     None where little would be saved, where a row has padding between its tokens, or where padding would predict a label.
     """
-    device = ids.device
-    ids, labels = ids.cpu(), labels.cpu()
-    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu().bool()
-    labelled = labels != IGNORED
-    rises = (mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0]
-    if not labelled.any() or (labelled & ~mask).any() or rises.max() > 1:
+    device, columns_each = ids.device, ids.shape[1]
+    on_host, targets = ids.cpu().numpy(), labels.cpu().numpy().ravel()
+    real = np.ones_like(on_host, dtype=bool) if mask is None else mask.cpu().numpy().astype(bool)
+    labelled = targets != IGNORED
+    runs = (real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, 0]
+    if not labelled.any() or (labelled & ~real.ravel()).any() or runs.max() > 1:
         return None
-    tokens, columns, own = _distinct(ids, mask)
+    tokens, columns, own = _distinct(on_host, real)
     if len(columns) > WORTH * ids.numel():
         return None
-    rows, lengths = len(ids), mask.sum(1)
-    starts = mask.long().argmax(1)
-    longest = int(lengths.max())
-    offsets = torch.arange(longest)
-    within = offsets < lengths[:, None]
-    source = tokens.gather(1, (starts[:, None] + offsets).clamp(max=ids.shape[1] - 1)).where(within, tokens[0, starts[0]]).flatten()
-    owned = torch.zeros(rows * longest, 1)
-    home = (own // ids.shape[1]) * longest + own % ids.shape[1] - starts[own // ids.shape[1]]
+    starts, lengths = real.argmax(1), real.sum(1)  # attention reads the rows without what stands before them
+    within = np.arange(lengths.max()) < lengths[:, None]
+    source = np.where(within, np.take_along_axis(tokens, _moved(starts, within, columns_each), 1), tokens[0, starts[0]]).ravel()
+    home = own // columns_each * within.shape[1] + own % columns_each - starts[own // columns_each]
+    owned = np.zeros((within.size, 1), np.float32)
     owned[home] = 1.0
-    readers = Readers.of(source, len(columns), within.flatten())
-    places = labelled.flatten().nonzero()[:, 0]
-    scored = Readers.of(tokens.flatten()[places], len(columns))
+    places = np.flatnonzero(labelled)
 
-    def there(tensor: Tensor) -> Tensor:
-        return tensor.to(device, non_blocking=True)
+    def there(array: NDArray) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
 
-    spread = Spread(rows, longest, readers.to(device), there(home.to(torch.int32)[:, None]), there(owned))
+    readers = Readers.of(source, len(columns), within.ravel()).to(device)
     return Compact(
-        ids=there(ids.flatten()[own][None]),
+        ids=there(on_host.ravel()[own][None]),
         positions=there(columns[None]),
-        spread=spread,
-        scored=scored.to(device),
+        spread=Spread(len(within), within.shape[1], readers, there(home.astype(np.int32)[:, None]), there(owned)),
+        scored=Readers.of(tokens.ravel()[places], len(columns)).to(device),
         places=there(places),
-        targets=there(labels.flatten()[places][None]),
+        targets=there(targets[places][None]),
         left_padded=bool(starts.any()),
     )
 
 
-def _distinct(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _moved(starts: NDArray, within: NDArray, columns: int) -> NDArray:
+    """The column that each place of a row [B, T] is in, the row begun where it starts."""
+    return (starts[:, None] + np.arange(within.shape[1])).clip(max=columns - 1)
+
+
+def _distinct(ids: NDArray, real: NDArray) -> tuple[NDArray, NDArray, NDArray]:
     """(the token that stands at each place [B, T], the column of each token [N], the place in B * T where it first stands [N])."""
-    tokens = torch.zeros_like(ids)
+    tokens = np.zeros_like(ids)
     columns, own, count = [], [], 0
     for row in range(len(ids)):
         shared = 0
         if row:
-            # Alike as far as the first difference; padding before the row has to be alike too, for the columns are positions.
-            same = (ids[:row] == ids[row]) & mask[row] & mask[:row] | ~mask[row] & ~mask[:row]
-            alike = same.long().cumprod(1).sum(1)
+            # Alike up to the first difference; padding before the row has to be alike too, for the columns are positions.
+            other = np.where(real[row] & real[:row], ids[:row] != ids[row], real[row] | real[:row])
+            alike = np.where(other.any(1), other.argmax(1), ids.shape[1])
             nearest = int(alike.argmax())
             shared = int(alike[nearest])
             tokens[row, :shared] = tokens[nearest, :shared]
-        fresh = mask[row].nonzero()[:, 0]
-        fresh = fresh[fresh >= shared]
-        tokens[row, fresh] = torch.arange(count, count + len(fresh))
+        fresh = shared + np.flatnonzero(real[row, shared:])
+        tokens[row, fresh] = np.arange(count, count + len(fresh))
         columns.append(fresh)
         own.append(row * ids.shape[1] + fresh)
         count += len(fresh)
-    return tokens, torch.cat(columns), torch.cat(own)
+    return tokens, np.concatenate(columns), np.concatenate(own)
