@@ -34,9 +34,9 @@ COLUMNS = (
 GPU_COLUMNS = ("fp32: ours / stock", "bf16: ours / stock")
 GPU = """
 *fp32* and *bf16* are LoRA steps on one {gpu} (transformers {transformers}), through the kernels: how far the gradients are from
-those in the next wider dtype, beside how far the stock model's own are; the median of {draws} batches. (One batch says little: sums in
-another order round otherwise, and where a router or a softmax is near a tie, the ratio of the two is anywhere between 0.2 and 5. What is
-systematic shows in the median.) {passed} of {rows} are no further than {ratio} times that (and {floor:.0e}), in gradients and logits.
+those in the next wider dtype, beside how far the stock model's own are; the geometric mean of {draws} batches. (One batch says little:
+sums in another order round otherwise, and where a router or a softmax is near a tie, the ratio of the two is anywhere between 0.2 and 5.)
+{passed} of {rows} are no further than {ratio} times that (and {floor:.0e}), in gradients and logits.
 """
 
 
