@@ -20,6 +20,7 @@ ARGUMENTS = [{}, {"only_trainable": True}, {"exclude_embeddings": True}, {"only_
 def model():
     model = with_lora(tiny_model("llama", torch.float32))
     settle(base_model(model))
+    settle(model)
     return model
 
 
@@ -36,16 +37,42 @@ def replace_a_module(model):
     base_model(model).model.layers[1].mlp.act_fn = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5)).eval()
 
 
+def replace_a_parameter(model):
+    base_model(model).model.norm.weight = nn.Parameter(torch.ones(64))
+
+
+def rename_a_module(model):
+    held = base_model(model).model.layers[1].mlp._modules
+    last = list(held)[-1]
+    held[f"{last}_"] = held.pop(last)
+
+
+def tie_two_weights(model):
+    layers = base_model(model).model.layers
+    layers[1].input_layernorm.weight = layers[0].input_layernorm.weight
+
+
 def resize_a_weight(model):
     base_model(model).model.norm.weight.data = torch.ones(7)
 
 
-@pytest.mark.parametrize("change", [add_an_adapter, freeze_some, replace_a_module, resize_a_weight, nn.Module.eval])
+CHANGES = [add_an_adapter, freeze_some, replace_a_module, replace_a_parameter, tie_two_weights, resize_a_weight, nn.Module.eval]
+
+
+def same(found, expected):
+    found, expected = list(found), list(expected)
+    return [name for name, _ in found] == [name for name, _ in expected] and all(a is b for (_, a), (_, b) in zip(found, expected))
+
+
+@pytest.mark.parametrize("change", [*CHANGES, rename_a_module])
 def test_answers_are_the_stock_ones_before_and_after_a_change(model, change):
     base = base_model(model)
     for _ in range(2):
         for _ in range(2):  # the second time from what is known
             assert [base.num_parameters(**some) for some in ARGUMENTS] == [type(base).num_parameters(base, **some) for some in ARGUMENTS]
+            for one in (model, base):
+                assert same(one.named_parameters(), type(one).named_parameters(one))
+                assert same(one.named_parameters("some", recurse=False), type(one).named_parameters(one, "some", False))
             assert model.train() is model and all(module.training for module in model.modules())
         change(model)
 
@@ -59,6 +86,24 @@ def test_a_part_that_has_another_mode_is_set(model, mode):
     assert all(module.training is mode for module in model.modules())
     with pytest.raises(ValueError, match="boolean"):
         model.train(1)
+
+
+def listed_while_one_is_replaced(model):
+    names = []
+    for name, parameter in model.named_parameters():
+        names.append(name)
+        if "layers.0.input_layernorm" in name:
+            base_model(model).model.norm.weight = nn.Parameter(torch.full((64,), 3.0))
+        if name.endswith("model.norm.weight"):
+            assert parameter[0] == 3.0
+    return names
+
+
+def test_a_parameter_that_is_replaced_while_they_are_listed(model):
+    stock = copy.deepcopy(model)
+    unsettle(stock)
+    model.train()
+    assert listed_while_one_is_replaced(model) == listed_while_one_is_replaced(stock)
 
 
 def test_a_module_with_a_train_of_its_own_is_always_called(model):
@@ -96,9 +141,11 @@ def test_a_model_is_freed_at_once():
 
 def test_acceleration_brings_it_and_takes_it_back(model):
     base = base_model(model)
-    unsettle(base)
-    assert not {"train", "num_parameters"} & vars(base).keys()
+    for one in (model, base):
+        unsettle(one)
+    answers = {"train", "named_parameters", "num_parameters"}
+    assert not answers & (vars(base).keys() | vars(model).keys())
     accelerate(model, verify=False)
-    assert {"train", "num_parameters"} <= vars(base).keys()
+    assert answers <= vars(base).keys() and answers - {"num_parameters"} <= vars(model).keys()
     undo(model)
-    assert not {"train", "num_parameters"} & vars(base).keys()
+    assert not answers & (vars(base).keys() | vars(model).keys())

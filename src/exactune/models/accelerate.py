@@ -43,6 +43,7 @@ class Acceleration:
     head: CausalForward | None = None
     decoder: DecoderForward | None = None  # in the head's place, where that stays stock
     wide: WideStream | None = None
+    settled: list[weakref.ref] = field(default_factory=list)  # the model, and PEFT's around it
 
 
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, Acceleration] = weakref.WeakKeyDictionary()
@@ -86,6 +87,9 @@ def accelerate(model: Any, *, verify: bool = True, deterministic: bool = False, 
         for module, was in training.items():
             module.training = was
     state.shared.stock_calls.clear()  # the proofs' own passes do not count
+    for one in {base, model}:
+        settle(one)
+        state.settled.append(weakref.ref(one))
     _ACTIVE[base] = state
     follow_notes(base)
     return state.report
@@ -124,7 +128,6 @@ def _install(base: Any, decoder: Any, blocks: list[Any], state: Acceleration, *,
         installer.install(base.config.get_text_config(), "layers")
         _install_final_norms(decoder, state)
     bind(base, save_pretrained=_save_pretrained)
-    settle(base)
     if base.get_output_embeddings() is None:
         _install_under_stock_head(base, decoder, len(blocks), state)
         return
@@ -176,7 +179,9 @@ def _take_back(base: Any, state: Acceleration) -> None:
         hook.remove()
     host_embedding(base, False)
     unbind(base, "save_pretrained")
-    unsettle(base)
+    for settled in state.settled:
+        if (one := settled()) is not None:
+            unsettle(one)
     if state.head is not None:
         state.head.active = False  # a trainer may hold it inside a wrapper of its own
         if state.head.passes is not None:

@@ -1,13 +1,15 @@
 """What a trainer asks of the whole model at every step, answered without a walk through its modules where nothing has changed.
 
-Each step of Trainer sets the training mode of every module, and counts the parameters for its tally of operations. A 1B model with adapters
-has 1,300 modules, and torch calls `train` of each, and hands each name up through eight generators: with a small batch that is a
-good part of the step. Here the modules are written down once. A look at that list, a tenth of the time, says whether it still holds.
+Each step of Trainer sets the training mode of every module, counts the parameters for its tally of operations, lists them to clip their
+gradients and again to clear them. A 1B model with adapters has 1,300 modules: torch calls `train` of each, and hands each name up through
+eight generators. With a small batch that is most of the step. Here modules and parameters are written down once, and a look at every
+module, a tenth of the time, says whether the list still holds.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,13 +19,24 @@ from exactune.models.notes import bind, unbind
 _STOCK_TRAIN = (nn.Module.train, PreTrainedModel.train)  # neither does anything where every module has the mode already
 
 
+class _Found(NamedTuple):
+    """A parameter, its full name, and where it is held."""
+
+    name: str
+    parameter: nn.Parameter
+    module: nn.Module
+    key: str
+
+
 class Settled:
-    """The modules under one root as they were last seen, and what was answered about them. The copy of a model starts anew."""
+    """Modules and parameters under one root as they were last seen. The copy of a model starts anew."""
 
     def __init__(self) -> None:
-        self._below: list[tuple[nn.Module, tuple]] = []  # all but the root, which is not to be held by what it holds; with their children
-        self._children: tuple = ()  # the root's
-        self._plain = False  # `train` of every module is torch's own
+        self._modules: list[nn.Module] = []  # all but the root, which is not to be held by what it holds
+        self._keys: list[tuple[str, ...]] = []  # of children and parameters of the root, then of each module
+        self._held: list[int] = []  # what stands there, by identity; all of it is kept alive here
+        self._parameters: list[_Found] = []
+        self._plain = False  # every module's `train` is torch's own
         self._counts: dict[tuple[bool, bool], tuple[list, int]] = {}  # arguments: (what was counted, the answer)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -34,41 +47,75 @@ class Settled:
 
     def train(self, root: nn.Module, mode: bool = True) -> nn.Module:
         """`train` of the root's class, which is not called where it would change nothing."""
-        if self._hold(root) and self._plain and root.training is mode and all(module.training is mode for module, _ in self._below):
+        if self._holds(root) and self._plain and root.training is mode and all(module.training is mode for module in self._modules):
             return root
         return type(root).train(root, mode)
 
+    def named_parameters(
+        self, root: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """`named_parameters` of the root's class."""
+        done = 0
+        if not prefix and recurse and remove_duplicate and self._holds(root):
+            for name, parameter, module, key in self._parameters:
+                if module._parameters.get(key) is not parameter:  # replaced by whoever is given them one by one
+                    break
+                yield name, parameter
+                done += 1
+            else:
+                return
+        given = {found.name for found in self._parameters[:done]}
+        for name, parameter in type(root).named_parameters(root, prefix, recurse, remove_duplicate):
+            if name not in given:
+                yield name, parameter
+
     def num_parameters(self, root: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """`num_parameters` of the root's class."""
-        modules = [root, *(module for module, _ in self._below)] if self._hold(root) else root.modules()
-        found = [(id(p), p.numel(), p.requires_grad) for module in modules for p in module._parameters.values() if p is not None]
-        known, count = self._counts.get((only_trainable, exclude_embeddings), (None, 0))
-        if found != known:
-            count = type(root).num_parameters(root, only_trainable, exclude_embeddings)
-            self._counts[only_trainable, exclude_embeddings] = found, count
-        return count
+        self._holds(root)
+        asked, sizes = (only_trainable, exclude_embeddings), [(f.parameter.numel(), f.parameter.requires_grad) for f in self._parameters]
+        if asked not in self._counts or self._counts[asked][0] != sizes:
+            self._counts[asked] = sizes, type(root).num_parameters(root, *asked)
+        return self._counts[asked][1]
 
-    def _hold(self, root: nn.Module) -> bool:
-        """Whether the modules are those that were written down; else they are written down now."""
-        if self._below and _children(root) == self._children and all(_children(module) == then for module, then in self._below):
+    def _holds(self, root: nn.Module) -> bool:
+        """Whether everything is as it was written down; else it is written down now."""
+        if self._modules and _keys_of(modules := [root, *self._modules]) == self._keys and _held_by(modules) == self._held:
             return True
-        modules = list(root.modules())
-        self._below, self._children = [(module, _children(module)) for module in modules[1:]], _children(root)
-        self._plain = all(type(module).train in _STOCK_TRAIN and "train" not in vars(module) for module in modules[1:])
+        self._write(root)
         return False
 
+    def _write(self, root: nn.Module) -> None:
+        named = list(root.named_modules())
+        self._modules = [module for _, module in named[1:]]
+        self._keys, self._held = _keys_of([root, *self._modules]), _held_by([root, *self._modules])
+        self._plain = all(type(module).train in _STOCK_TRAIN and "train" not in vars(module) for module in self._modules)
+        self._counts = {}
+        once: dict[int, _Found] = {}
+        for name, module in named[1:]:
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    once.setdefault(id(parameter), _Found(f"{name}.{key}", parameter, module, key))
+        self._parameters = list(once.values())
 
-def _children(module: nn.Module) -> tuple:
-    return tuple(module._modules.values())
+
+def _keys_of(modules: list[nn.Module]) -> list[tuple[str, ...]]:
+    return [(*module._modules, *module._parameters) for module in modules]
 
 
-def settle(model: PreTrainedModel) -> None:
+def _held_by(modules: list[nn.Module]) -> list[int]:
+    return [id(held) for module in modules for part in (module._modules, module._parameters) for held in part.values()]
+
+
+def settle(model: nn.Module) -> None:
     """Give this instance these answers; `unsettle` takes them back."""
-    if type(model).train in _STOCK_TRAIN and type(model).num_parameters is PreTrainedModel.num_parameters:
-        settled = Settled()
-        bind(model, train=settled.train, num_parameters=settled.num_parameters)
+    kind, settled = type(model), Settled()
+    if model._parameters or kind.named_parameters is not nn.Module.named_parameters or kind.train not in _STOCK_TRAIN:
+        return
+    bind(model, train=settled.train, named_parameters=settled.named_parameters)
+    if getattr(kind, "num_parameters", None) is PreTrainedModel.num_parameters:
+        bind(model, num_parameters=settled.num_parameters)
 
 
-def unsettle(model: PreTrainedModel) -> None:
+def unsettle(model: nn.Module) -> None:
     """The class's own methods again."""
-    unbind(model, "train", "num_parameters")
+    unbind(model, "train", "named_parameters", "num_parameters")
