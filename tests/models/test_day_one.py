@@ -179,6 +179,22 @@ class Valved(Mixer):
         return self.back((out.unflatten(-1, (4, -1)) * gate).flatten(2)), None
 
 
+class SpunInHalves(Mixer):
+    """The same, whose pairs are a column of one half and one of the other."""
+
+    @staticmethod
+    def spin(z, cos, sin):
+        first, second = z.chunk(2, -1)
+        return z * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+
+
+def test_layers_that_turn_in_two_manners_are_read_each_by_itself():
+    order = iter([Mixer, SpunInHalves])
+    report = same_step(with_parts(lambda config: next(order)(config)))
+    assert report.count("attention") == (2, 2), report.summary()
+    assert len(report.proofs) >= 2
+
+
 class Narrowed(nn.Module):
     """Attention whose keys and values come through one narrow projection; each head's first columns are turned by nobody."""
 
