@@ -7,13 +7,13 @@ import torch
 from memory_layers import batch_of, fused_layers, run
 
 from exactune.kernels.head import chunk_rows as rule_of_the_head
-from exactune.lora.group import roomy_width
 from exactune.lora.kept import TENSORS
 from exactune.lora.stacked import padded as rule_of_the_ranks
+from exactune.lora.stacked import roomy_width
 from exactune.memory import job as jobs
 from exactune.memory import phases
-from exactune.memory.activations import kept_tensors, on_device, on_host, roomy, travelling
-from exactune.memory.job import Job
+from exactune.memory.activations import kept_tensors, on_device, on_host, travelling
+from exactune.memory.job import Job, roomy
 from exactune.memory.offload import HostStore
 from exactune.memory.phases import Step, peak
 from exactune.memory.pieces import host_bytes

@@ -12,7 +12,7 @@ from exactune.memory.mends import nearest, too_large
 from exactune.memory.phases import Step
 from exactune.memory.plan import GIB, LADDER, MARGIN, Plan, choose, fits, fits_beside, leanest, longest, most_rows, spread
 from exactune.memory.policy import Tiling, policies
-from exactune.memory.recordings import WORKSPACE
+from exactune.memory.recordings import ROUNDED, WORKSPACE
 from exactune.memory.shape import Shape
 
 LLAMA_8B = Shape(4096, 32, 32, 8, 128, 14336, 128256)
@@ -93,7 +93,7 @@ def test_eight_bit_state_of_an_embedding_stays_in_32_bits():
 def test_recorded_passes_hold_a_second_set_and_hide_the_launches():
     eager, recorded = (Step(LLAMA_1B, Job(bits=4, graphs=graphs), 1, 512) for graphs in (False, True))
     kept, again = all_of("keep", eager), all_of("keep", recorded)
-    second_set = round(max(kept.phases.values())) + recorded.job.scratch(LLAMA_1B) + WORKSPACE
+    second_set = round(max(kept.phases.values())) + WORKSPACE + ROUNDED
     assert again.peak == kept.peak + second_set and again.seconds < kept.seconds
     alone = all_of("keep", replace(recorded, alone=True))
     assert kept.peak < alone.peak < again.peak and alone.seconds == again.seconds

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from exactune.memory.job import Job
+from exactune.memory.job import Job, roomy
 from exactune.memory.pieces import host_bytes
 from exactune.memory.policy import Policy
 from exactune.memory.shape import Shape
-
-
-def roomy(width: int, room: int) -> int:
-    """Columns of a buffer with room behind an activation: the rule of `exactune.lora.group`."""
-    return -(-(width + room) // 16) * 16
 
 
 def kept_tensors(shape: Shape, job: Job, tokens: int) -> dict[str, int]:

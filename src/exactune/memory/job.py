@@ -26,6 +26,11 @@ OPTIMIZERS: dict[str, tuple[float, float]] = {
 }
 
 
+def roomy(width: int, room: int) -> int:
+    """Columns of a buffer with room behind `width` values: the rule of `exactune.lora.stacked`."""
+    return -(-(width + room) // 64) * 64
+
+
 @dataclass(frozen=True)
 class Job:
     """`bits` are those of the frozen (or, in full fine-tuning, trained) projections; `width` the bytes of every activation."""
@@ -79,7 +84,7 @@ class Job:
         """The extended matrix of a group: weights with room for the adapters."""
         outputs, inputs = shape.groups[group]
         rank = self.rank(shape, group)
-        return (outputs + rank) * (inputs + rank) * self.width
+        return (outputs + rank) * roomy(inputs, rank) * self.width
 
     def weights(self, shape: Shape) -> int:
         """The base model on the device."""

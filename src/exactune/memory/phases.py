@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from exactune.memory.activations import kept_tensors, on_device, roomy, travelling
-from exactune.memory.job import Job
+from exactune.memory.activations import kept_tensors, on_device, travelling
+from exactune.memory.job import Job, roomy
 from exactune.memory.policy import WHOLE, Policy, Tiling
 from exactune.memory.shape import BY_AUTOGRAD, Shape
 

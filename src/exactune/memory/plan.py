@@ -19,6 +19,7 @@ CONTEXT = 600 << 20  # the CUDA context and its libraries: on the card, outside 
 # Of the budget, left for the allocator's rounding and fragments: with segments that grow, and with fixed ones (see `allocator`).
 # Most took 1 to 4 % there; a plan that left 3 % died of fragments, of 14 GiB.
 MARGIN = 0.04
+MARGIN_RECORDED = 0.03  # of what is there for good; what the pool of the recordings wastes is counted
 MARGIN_KEPT, MARGIN_MIXED = 0.05, 0.13
 LEANER = 0.85  # of a step's activations and workspace: what a retry after running out of memory aims at
 # From fast to lean; what is slower than another and holds no less is left out.
@@ -63,7 +64,7 @@ class Plan:
     def margin(self) -> float:
         """The share of a budget that is left for rounding and fragments."""
         if not self.step.job.fragments:
-            return MARGIN
+            return MARGIN_RECORDED if self.step.alone and self.step.recorded(self.layers) else MARGIN
         return MARGIN_KEPT if self.layers == (Policy(),) * len(self.layers) else MARGIN_MIXED
 
     @property

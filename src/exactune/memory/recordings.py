@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from exactune.memory.phases import Step
 
 WORKSPACE = 32 << 20  # cuBLAS's, of one thread; the pool holds one at a time, where an eager step has two for good
+ROUNDED = 24 << 20  # the pool's last page of 20 MiB, and its holes: its memory is nobody else's
 
 
 def pool_bytes(phases: Mapping[str, float]) -> float:
@@ -27,5 +28,5 @@ def recorded_bytes(step: Step, phases: Mapping[str, float]) -> int:
     if step.alone:
         gradients = step.job.gradients(step.shape)
         there = gradients if step.job.accumulates else 0  # counted with the phases
-        return round(max(gradients, phases["update"] - there) - WORKSPACE)
-    return round(pool_bytes(phases)) + step.job.scratch(step.shape) + WORKSPACE
+        return round(max(gradients, phases["update"] - there)) - WORKSPACE + ROUNDED
+    return round(pool_bytes(phases)) + WORKSPACE + ROUNDED

@@ -15,6 +15,7 @@ it is dropped when a pass has to run eagerly all the same.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
 from collections import Counter
@@ -86,10 +87,14 @@ class Recording:
             self._upstream = torch.ones_like(forward()[0])
             backward()
 
-        capture.warm_up(both)
-        self._unpacked = [buffer for group in groups for buffer in group.scratch.buffers()]  # where the graphs unpack weights
-        self._forward, self._outputs = capture.record(forward)
-        self._backward, (self._gradients,) = capture.record(backward)
+        scratches = {id(group.scratch): group.scratch for group in groups}.values()
+        with contextlib.ExitStack() as stack:
+            for scratch in scratches:
+                stack.enter_context(scratch.of_this_stream(self._storage[0].device))
+            capture.warm_up(both)
+            self._forward, self._outputs = capture.record(forward)
+            self._backward, (self._gradients,) = capture.record(backward)
+        self._unpacked = [buffer for scratch in scratches for buffer in scratch.buffers()]  # where the graphs unpack weights
 
     @property
     def waiting(self) -> bool:
@@ -242,12 +247,10 @@ class Passes:
         if why is None:
             try:
                 groups = [group.bound(_dtype_of(model)) for group in self._groups]
-                if self.only is not None:
-                    for group in groups:
-                        group.scratch.clear()  # the buffers of eager passes: recorded ones have their own
                 return Recording(compute, inputs, model, groups, self._capture)
             except torch.OutOfMemoryError:
                 why = "no memory to hold a second set of activations"
+                self._capture.forget()
             except RuntimeError as error:  # an operation that waits for the GPU, or that a capture does not allow
                 first: BaseException = error
                 while first.__context__ is not None:
