@@ -20,6 +20,7 @@ LATENT = {
 }  # fmt: skip
 FULL = {"layer_types": ["full_attention"] * 2}
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+TURNED = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
 ATTEMPTS: tuple[dict[str, Any], ...] = (
     {}, EXPERTS, {**EXPERTS, **LATENT}, {"head_dim": None}, {**EXPERTS, "head_dim": None}, HYBRID,
     {**EXPERTS, **HYBRID}, {**EXPERTS, **FULL}, {**EXPERTS, **LATENT, **HYBRID},
@@ -47,6 +48,16 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {
         **EXPERTS, **HYBRID, "shared_expert_intermediate_size": 32, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
         "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    },
+    "qwen4_exp_text": {
+        **EXPERTS, **HYBRID, "shared_expert_intermediate_size": 32, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16, "linear_value_head_dim": 16, "hc_count": 2, "hc_lowrank": 8, "indexer_n_heads": 2,
+        "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64, "indexer_compress_ratio": 4, "ngram_vocab_size_base": 50,
+        "heads_per_ngram": 2, "split_ngram_parts": 1, "make_ngram_vocab_size_divisible_by": 8,
+    },
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16, "head_dim": None,
+        "rope_parameters": {"sliding_attention": TURNED, "full_attention": TURNED},
     },
     "dots1": {**EXPERTS, "n_shared_experts": 1},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 32},
