@@ -11,7 +11,7 @@ from exactune.models.compact import compact
 from exactune.models.fused_layer import FusedLayer
 from exactune.models.fused_parts import FusedAttention
 from exactune.models.trl_request import PerToken
-from families import distance, tiny_model, with_lora
+from families import distance, loss_and_grads, tiny_model, with_lora
 
 VOCABULARY = 150
 PROMPT = 20
@@ -20,15 +20,13 @@ PROMPT = 20
 @pytest.fixture
 def tokens_seen(monkeypatch):
     """(tokens that went through the model, places in the rows) of each pass whose rows were made compact."""
-    seen = []
+    seen, real = [], causal_loss.CausalForward._compact_head
 
-    def spied(ids, mask, labels):
-        found = compact(ids, mask, labels)
-        if found is not None:
-            seen.append((found.ids.shape[1], ids.numel()))
-        return found
+    def spied(self, distinct, shifted, *rest):
+        seen.append((distinct.ids.shape[1], shifted.numel()))
+        return real(self, distinct, shifted, *rest)
 
-    monkeypatch.setattr(causal_loss, "compact", spied)
+    monkeypatch.setattr(causal_loss.CausalForward, "_compact_head", spied)
     return seen
 
 
@@ -164,6 +162,24 @@ def test_reference_pass_and_temperature(tokens_seen):
     assert len(tokens_seen) == 2
 
 
+def test_a_loss_goes_without_the_padding(tokens_seen):
+    model, batch = with_lora(tiny_model("llama")), pairs()
+    batch["input_ids"] = torch.randint(1, VOCABULARY, batch["input_ids"].shape, generator=torch.Generator().manual_seed(3))
+    batch = {name: t[:3] for name, t in batch.items()}
+    loss, grads = loss_and_grads(model, **batch)
+    logits = model(**batch).logits.detach()
+    accelerate(model)
+    found, found_grads = loss_and_grads(model, **batch)
+    real = int(batch["attention_mask"].sum())
+    assert tokens_seen == [(real, batch["input_ids"].numel())]
+    torch.testing.assert_close(found, loss.to(found), rtol=1e-6, atol=1e-6)
+    assert distance(found_grads, grads) < 1e-6
+    kept = batch["attention_mask"].bool()
+    torch.testing.assert_close(model(**batch).logits.detach()[kept], logits[kept], rtol=1e-6, atol=1e-6)
+    model(**batch)  # whose logits are read reads them again: whole rows from now on
+    assert len(tokens_seen) == 2
+
+
 def without_labels(batch):
     return {**batch, "labels": torch.full_like(batch["labels"], -100)}
 
@@ -197,8 +213,29 @@ def test_a_pass_that_draws_at_random_is_left_as_it_is(tokens_seen):
 def test_a_table_of_positions_counts_the_padding_before_a_row(tokens_seen):
     model = with_lora(tiny_model("gpt2"))
     accelerate(model)
-    for side, passes in (("left", 1), ("right", 1)):
+    for side, passes in (("left", 0), ("right", 1)):
         del tokens_seen[:]
         batch = pairs(side=side)
         torch.testing.assert_close(model(**batch, token_log_probs=True).log_probs, stock_log_probs(model, batch)[0], rtol=1e-6, atol=1e-6)
-        assert len(tokens_seen) == passes  # what was found is not used for the left
+        assert len(tokens_seen) == passes
+
+
+def test_a_reference_pass_over_the_same_tensors_asks_for_nothing_again(monkeypatch):
+    asked = []
+    monkeypatch.setattr(causal_loss, "compact", lambda *given: asked.append("rows") or compact(*given))
+    real = causal_loss.only_right_padding
+    monkeypatch.setattr(causal_loss, "only_right_padding", lambda *given: asked.append("padding") or real(*given))
+    model = with_lora(tiny_model("llama", torch.float32)).train()
+    accelerate(model)
+    batch = pairs()
+    policy = model(**batch, token_log_probs=True).log_probs
+    with torch.no_grad(), model.disable_adapter():
+        reference = model(**batch, token_log_probs=True).log_probs
+    assert asked == ["padding", "rows"] and not torch.equal(policy, reference)
+    again = {name: tensor.clone() for name, tensor in batch.items()}
+    torch.testing.assert_close(model(**again, token_log_probs=True).log_probs, policy)
+    again["labels"][:, PROMPT : PROMPT + 3] = -100
+    changed = model(**again, token_log_probs=True).log_probs
+    assert asked == ["padding", "rows"] * 3
+    assert (changed[:, PROMPT - 1 : PROMPT + 2] == 0).all()
+    torch.testing.assert_close(changed[:, PROMPT + 2 :], policy[:, PROMPT + 2 :])

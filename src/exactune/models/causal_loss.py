@@ -33,6 +33,7 @@ from exactune.models.outputs import CausalLMOutput, Deferred
 from exactune.models.per_token import mean_logits, per_token, stock_per_token
 from exactune.models.replay import LAUNCH_BOUND, Inputs, Passes, operations_a_token
 from exactune.models.rows import causal_mask, mask_of_positions, only_right_padding, packed_rows
+from exactune.models.same_batch import SameBatch
 from exactune.models.trl_request import PerToken, request_of
 
 
@@ -92,7 +93,8 @@ class CausalForward:
     def __init__(self, model: Any, decoder: Any, head: Head, shared: Shared, layers: list[Any], all_fused: bool):
         self.model, self.decoder, self.head = model, decoder, head
         self.shared, self.layers, self.all_fused = shared, layers, all_fused
-        self.active = True
+        self.active, self._logits_read = True, False
+        self._same = SameBatch()
         self.before = vars(model).get("forward")  # a trainer's wrapper that was on the model already
         self._operations = max(map(operations_a_token, layers), default=0.0)
         functools.update_wrapper(self, type(model).forward)  # generate() reads the stock signature
@@ -166,7 +168,7 @@ class CausalForward:
         kwargs.pop("logits_to_keep", None)
         if kwargs.get("use_cache") is None:
             kwargs["use_cache"] = False
-        shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        shifted = _shifted(labels)
         given, kwargs["attention_mask"] = kwargs.get("attention_mask"), self._mask(labels, kwargs)
         mask = kwargs["attention_mask"]
         if packed_rows(mask) is not None and self._replayable(labels, kwargs):
@@ -176,9 +178,12 @@ class CausalForward:
                     return per_token(found, labels, num_items)
                 return CausalLMOutput(loss=found[0], logits=Deferred(lambda: self._logits(kwargs)))  # type: ignore[arg-type]
         self._run_eagerly()
-        distinct = self._compact(given, shifted, kwargs) if request else None
+        distinct = self._compact(given, labels, kwargs) if request or (given is not None and not self._logits_read) else None
         if distinct is not None:
-            return per_token(self._compact_head(distinct, shifted, fused, request, num_items), labels, num_items)
+            found = self._compact_head(distinct, shifted, fused, request, num_items)
+            if request:
+                return per_token(found, labels, num_items)
+            return CausalLMOutput(loss=found[0], logits=Deferred(lambda: self._logits(kwargs)))  # type: ignore[arg-type]
         valid = ValidRows(shifted.reshape(-1))  # asked now, so that the answer is there when the head needs it
         outputs = self.decoder(**kwargs)
         hidden = self.head.as_read(outputs.last_hidden_state)
@@ -207,26 +212,29 @@ class CausalForward:
         assert isinstance(loss, Tensor)
         return (loss,)
 
-    def _compact(self, mask: Tensor | None, shifted: Tensor, kwargs: dict[str, Any]) -> Compact | None:
+    def _compact(self, mask: Tensor | None, labels: Tensor, kwargs: dict[str, Any]) -> Compact | None:
         """The distinct tokens of rows that begin alike, where the model computes the same of them as of the rows."""
         asked = {name for name, value in kwargs.items() if value is not None and value is not False}
         if not self.all_fused or not asked <= {"input_ids", "attention_mask", "return_dict"} or not self._takes_positions:
             return None
         if (mask is not None and mask.dim() != 2) or (self.model.training and draws(self.model)):
             return None
-        found = compact(kwargs["input_ids"], mask, shifted)
+        answers = self._same.answers(kwargs["input_ids"], mask, labels)
+        if "distinct" not in answers:
+            answers["distinct"] = compact(kwargs["input_ids"], mask, _shifted(labels))
+        found = answers["distinct"]
         # Padding before a row counts in the positions, which a rotation sees only the distances of; a table of positions need not.
         return None if found is not None and found.left_padded and self._looks_positions_up else found
 
     def _compact_head(
         self, distinct: Compact, shifted: Tensor, fused: FusedHead, request: PerToken | None, num_items: Any
     ) -> tuple[Tensor, ...]:
-        """`_head` of the rows' positions [B, T], through the distinct tokens alone."""
+        """What `_head` makes of the rows, through their distinct tokens alone."""
         mask = causal_mask(spread=distinct.spread)
         outputs = self.decoder(input_ids=distinct.ids, attention_mask=mask, position_ids=distinct.positions, use_cache=False)
         hidden = through(self.head.as_read(outputs.last_hidden_state)[0], distinct.scored.read, distinct.scored.summed)
         found = self._head(hidden[None], distinct.targets, fused, request, num_items, Rows(static_shapes=True))
-        return tuple(distinct.results(t, shifted.shape) for t in found)
+        return tuple(distinct.results(t, shifted.shape) for t in found) if request else found
 
     @functools.cached_property
     def _takes_positions(self) -> bool:
@@ -292,10 +300,11 @@ class CausalForward:
         return tuple(t[:B, :T] if t.dim() else t for t in found) if found else None
 
     def _logits(self, kwargs: dict[str, Any]) -> Tensor:
-        """The logits of a pass that was replayed, computed anew: a recording keeps no hidden states that anybody could learn through."""
+        """The logits of a pass that has no hidden states of its rows, which was replayed or of distinct tokens, computed anew."""
+        self._logits_read = True  # they would be read at every step
         if self.passes is not None:
             self.passes.clear()
-            self.passes = None  # they would be read at every step
+            self.passes = None
         try:
             return self.head.logits(self.head.as_read(self.decoder(**kwargs).last_hidden_state))
         finally:
@@ -311,9 +320,20 @@ class CausalForward:
             if cu_seqlens is not None:
                 return causal_mask(cu_seqlens.to(torch.int32), int(kwargs["max_length_q"]))
             return causal_mask() if positions is None else mask_of_positions(positions, labels)
-        if mask.dim() == 2 and positions is None and only_right_padding(mask, labels):
+        if mask.dim() == 2 and positions is None and self._only_right_padding(mask, labels, kwargs):
             return causal_mask()
         return mask
+
+    def _only_right_padding(self, mask: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> bool:
+        answers = self._same.answers(kwargs.get("input_ids"), mask, labels)
+        if "right" not in answers:
+            answers["right"] = only_right_padding(mask, labels)  # waits for the GPU
+        return answers["right"]
+
+
+def _shifted(labels: Tensor) -> Tensor:
+    """Each label [B, T] where it is predicted."""
+    return nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
 
 
 def _filled_up(values: Tensor, missing: tuple[int, int], value: int) -> Tensor:

@@ -1,0 +1,36 @@
+"""What was found out of a pass's tensors, kept for the next pass over the very same ones.
+
+A reference model is asked of the batch that the policy has just been through. Its rows are known by then: to ask the GPU again would make
+the host wait for the policy's forward, and the GPU then for the host.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+
+
+class SameBatch:
+    """Answers by name, which hold as long as the tensors that they were read from are there and unchanged."""
+
+    def __init__(self) -> None:
+        self._given: tuple = ()
+        self._answers: dict[str, Any] = {}
+
+    def answers(self, *tensors: Tensor | None) -> dict[str, Any]:
+        """The answers so far for these tensors, to be added to; none where they are others than the last time."""
+        if any(t is not None and t.is_inference() for t in tensors):
+            return {}  # they do not tell when they are changed
+        if len(tensors) != len(self._given) or not all(_is(t, given) for t, given in zip(tensors, self._given)):
+            self._given = tuple(None if t is None else (weakref.ref(t), t._version) for t in tensors)
+            self._answers = {}
+        return self._answers
+
+
+def _is(tensor: Tensor | None, given: tuple[weakref.ref, int] | None) -> bool:
+    if tensor is None or given is None:
+        return tensor is None and given is None
+    reference, version = given
+    return version == tensor._version and reference() is tensor
