@@ -141,3 +141,18 @@ def test_experts_of_the_day_after_are_accelerated():
 def test_experts_with_another_activation_are_refused(bend):
     report, _ = assert_same_step(of_specialists(bend), random_batch(), accelerated=0)
     assert report.stock
+
+
+def test_float32_under_autocast_is_rounded_as_the_experts_multiply_it():
+    """A LayerNorm before the experts gives float32 under autocast on a GPU, and the stock experts round it."""
+    model = tiny_model("mixtral", torch.bfloat16).train()
+    report = accelerate(model)
+    experts = model.model.layers[0].mlp.experts
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 64, generator=generator)
+    weights, index = torch.rand(9, 4, generator=generator).topk(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = experts(x, index, weights)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, experts(x.bfloat16(), index, weights).float())
+    assert not report.stock_calls
