@@ -120,15 +120,21 @@ def test_no_further_from_the_truth_than_stock_trl(objective, four_bit, tmp_path,
 
 
 def test_grpo_learns_from_its_own_answers(tmp_path):
+    (tmp_path / "reward.py").write_text("from test_objectives_gpu import few_letters\n")
     settings = {
         "objective": "grpo", "model_name": str(base_model()), "dtype": "bfloat16", "bf16": True, "max_seq_length": 128, "lora_alpha": 32,
-        "dataset": write(tmp_path, "prompts", [{"prompt": "Write an object as JSON."}] * 16), "reward_functions": ["valid_json"],
-        "num_generations": 16, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "max_completion_length": 24,
-        "learning_rate": 2e-3, "max_steps": 10, "use_gradient_checkpointing": False, "output_dir": str(tmp_path / "run"),
+        "dataset": write(tmp_path, "prompts", [{"prompt": "Write an object as JSON."}] * 16), "num_generations": 16,
+        # A reward that every answer has its share of: of valid JSON a first group may hold one answer, and that one by chance.
+        "reward_functions": [f"{tmp_path / 'reward.py'}:few_letters"], "max_completion_length": 24, "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 1, "learning_rate": 2e-3, "max_steps": 10, "use_gradient_checkpointing": False,
+        "output_dir": str(tmp_path / "run"),
     }  # fmt: skip
-    metrics = train(TrainConfig(**settings), console=Console(file=io.StringIO())).metrics
+    printed = io.StringIO()
+    metrics = train(TrainConfig(**settings), console=Console(file=printed, width=500)).metrics
+    assert "ran the stock code" not in printed.getvalue()
     rewards = [line["reward"] for line in metrics]
-    assert max(rewards[-3:]) > rewards[0] + 0.2, rewards
+    # From -0.6; after ten steps on a CPU, with six seeds, by 0.26 to 0.58.
+    assert statistics.fmean(rewards[-3:]) > rewards[0] + 0.15, rewards
 
 
 def test_loftq_makes_up_for_a_part_of_what_four_bits_lose():
