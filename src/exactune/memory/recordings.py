@@ -18,8 +18,8 @@ WORKSPACE = 32 << 20  # cuBLAS's, of one thread; the pool holds one at a time, w
 ROUNDED = 24 << 20  # the pool's last page of 20 MiB, and its holes: its memory is nobody else's
 
 
-def pool_bytes(phases: Mapping[str, float]) -> float:
-    """The pool: the widest moment of a pass, whose gradients are copied out of it."""
+def pass_bytes(phases: Mapping[str, float]) -> float:
+    """The widest moment of a pass, without the optimizer's step: what the pool holds, whose gradients are copied out of it."""
     return max(size for name, size in phases.items() if name != "update")
 
 
@@ -29,4 +29,4 @@ def recorded_bytes(step: Step, phases: Mapping[str, float]) -> int:
         gradients = step.job.gradients(step.shape)
         there = gradients if step.job.accumulates else 0  # counted with the phases
         return round(max(gradients, phases["update"] - there)) - WORKSPACE + ROUNDED
-    return round(pool_bytes(phases)) + WORKSPACE + ROUNDED
+    return round(pass_bytes(phases)) + WORKSPACE + ROUNDED

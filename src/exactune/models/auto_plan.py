@@ -53,7 +53,7 @@ class AutoPlan:
         if self.plan is not None and size[0] * size[1] <= self.plan.step.n and size[1] <= self.plan.step.tokens:
             return
         try:
-            plan = self.make(base, *size)
+            plan = self.make(base, *size, packed=kwargs.get("cu_seq_lens_q") is not None)
         except ConfigError as error:
             logger.info("No memory plan, the trainer decides what is recomputed: %s", error.problem)
             self.leave()

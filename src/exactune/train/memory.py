@@ -14,6 +14,7 @@ from exactune.data import Prepared
 from exactune.errors import ConfigError
 from exactune.memory.allocator import GROWING, VARIABLES
 from exactune.memory.plan import GIB, MARGIN_KEPT, Plan
+from exactune.memory.recordings import pass_bytes
 from exactune.memory.retry import Leaner
 from exactune.models.accelerate import report_of
 from exactune.models.auto_plan import AutoPlan
@@ -128,7 +129,7 @@ class RunMemory:
         plan = _plan_of(self._auto)
         # Its own prediction: the first pass finds no earlier gradients, no state of an optimizer, and is not recorded.
         first = Plan(replace(plan.step, job=replace(plan.step.job, accumulates=False, graphs=False)), plan.layers)
-        predicted = first.peak - plan.fixed["optimizer"]
+        predicted = round(sum(first.fixed.values()) - first.fixed["optimizer"] + pass_bytes(first.phases))
         self._measured = {"peak_bytes": measured, "predicted_peak_bytes": predicted}
         self.record(self.as_dict())
         self.say(
