@@ -95,7 +95,8 @@ class FusedMlp(FusedPart):
         if x.dtype != rounded.dtype == torch.float16 and isinstance(mlp, Mlp) and not mlp.down.biased:
             function = WideMlpFunction
         with torch.autocast(x.device.type, enabled=False):
-            return function.apply(mlp, rounded.reshape(-1, x.shape[-1]), *trained_in(mlp)).view(x.shape)
+            y = function.apply(mlp, rounded.reshape(-1, x.shape[-1]), *trained_in(mlp))
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class FusedExperts(FusedPart):
@@ -175,7 +176,7 @@ class FusedAttention(FusedPart):
         rows = x.reshape(batch.n, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
             a = part.attend(batch, rows) if isinstance(part, Latent) else AttentionFunction.apply(part, batch, rows, *trained_in(part))
-        a = a.view(x.shape)
+        a = a.view(*x.shape[:-1], a.shape[-1])
         return a if self.results == 1 else (a, *[None] * (self.results - 1))
 
     def _masked(self, more: tuple, named: dict[str, Any]) -> Any:
