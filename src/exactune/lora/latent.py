@@ -16,6 +16,8 @@ from torch import Tensor
 
 from exactune.device import has_triton
 from exactune.kernels.attention import attention
+from exactune.kernels.attention_backends import Call
+from exactune.kernels.attention_choice import choose_backend
 from exactune.lora import ops
 from exactune.lora.group import Group
 from exactune.lora.part_functions import ProjectionFunction
@@ -77,13 +79,20 @@ class Latent:
         if batch.spread is not None:
             q, k, v = (through(t, batch.whole_rows, batch.whole_rows_back) for t in rows)
             rows = q, k, v
-        out = attention(
-            *rows, scale=self.core.scale, window=self.core.window, softcap=self.core.softcap,
-            cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, deterministic=batch.deterministic,
-        )  # fmt: skip
+        out = self._softmax_attention(batch, *rows)
         if batch.spread is not None:
             out = through(out, batch.own_results, batch.own_results_back)
         return _projected(self.core.out, out.reshape(batch.n, -1))
+
+    def _softmax_attention(self, batch: Batch, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, T, H, values] of q, k and v. Libraries want values as wide as keys: they get zeros behind, and are the faster for it."""
+        call = Call(
+            scale=self.core.scale, window=self.core.window, softcap=self.core.softcap,
+            cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, deterministic=batch.deterministic,
+        )  # fmt: skip
+        if choose_backend(q, k, k, call) in ("cudnn", "flash"):
+            v = torch.nn.functional.pad(v, (0, k.shape[-1] - self.values))
+        return attention(q, k, v, **vars(call))[..., : self.values]
 
 
 def _projected(group: Group, x: Tensor) -> Tensor:
