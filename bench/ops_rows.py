@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from exactune.kernels.copy_rows import copy_rows
-from exactune.kernels.read_rows import MAX_ROWS, NormOf, rank_rows, read_rows
+from exactune.kernels.read_rows import MAX_ROWS, NormOf, read_rows
 from exactune.kernels.rms_norm import add_rms_norm_forward
 from ops import Entry, Shape
 
@@ -36,13 +36,6 @@ def entries(s: Shape) -> Iterator[Entry]:
         def copied(a=a, y=y, room=room):
             return read_rows(x, a, y, room)
 
-        def multiplied(a=a, y=y, room=room):
-            return rank_rows(y, a, room)
-
-        def multiplied_apart(a=a, y=y, room=room):
-            return torch.mm(y, a.t(), out=room)
-
         name = f"{n}x{s.e} r={rank}"
         yield Entry(f"read_rows {name}, sum and norm", normed, normed_apart, 4 * one)
         yield Entry(f"read_rows {name}, copy", copied, copied_apart, 2 * one)
-        yield Entry(f"rank_rows {name}", multiplied, multiplied_apart, one)

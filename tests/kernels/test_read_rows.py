@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from exactune.kernels import reference
-from exactune.kernels.read_rows import MAX_RANK, NormOf, rank_rows, read_rows
+from exactune.kernels.read_rows import MAX_RANK, MAX_ROWS, NormOf, read_rows
 from parity import assert_parity, in_wide, nan_columns, only_columns_written
 
 
@@ -44,18 +44,6 @@ def test_normed(device, dtype, N, E, R, with_residual, cast, offset):
     assert_parity(lambda **t: fast(**t, **options), lambda **t: plain(**t, **options), inputs, dtype=dtype, device=device)
 
 
-@pytest.mark.parametrize("N, K, R", [(1, 64, 8), (19, 300, 16), (24, 1040, 48), (9, 4200, 33)])
-@pytest.mark.parametrize("by_columns", [False, True])
-def test_the_product_alone(device, dtype, N, K, R, by_columns):
-    def product(y, a):
-        room = torch.empty(N, R, dtype=y.dtype, device=y.device)
-        kept = rank_rows(y, a.t().contiguous().t() if by_columns else a, room, keep=True)
-        assert kept is not None and torch.equal(room, kept)
-        return kept
-
-    assert_parity(product, lambda y, a: y @ a.T, {"y": normal(N, K), "a": normal(R, K, seed=1)}, dtype=dtype, device=device)
-
-
 def test_strides_and_what_lies_around(device):
     x, residual, a = (in_wide(normal(*shape, seed=seed).to(device)) for seed, shape in enumerate(((20, 70), (20, 70), (5, 70))))
     out = nan_columns(20, 75, dtype=torch.float32, device=device)
@@ -64,21 +52,15 @@ def test_strides_and_what_lies_around(device):
     torch.testing.assert_close(rstd, s.square().mean(1).rsqrt(), rtol=1e-5, atol=0)
     torch.testing.assert_close(out[:, :70], s * rstd[:, None])
     torch.testing.assert_close(p, out[:, :70] @ a.T, rtol=1e-5, atol=1e-5)
-    out[:, 70:] = float("nan")
-    assert rank_rows(out[:, :70], a, out[:, 70:]) is None and only_columns_written(out)
-    torch.testing.assert_close(out[:, 70:], p)
 
 
 def test_what_does_not_fit_is_refused(device):
     x, a = normal(4, 16).to(device), normal(8, 16).to(device)
-    with pytest.raises(ValueError, match="or are too large"):
-        read_rows(x, a, x.clone(), x.new_empty(4, 7))
-    with pytest.raises(ValueError, match="or are too large"):
-        rank_rows(x, normal(MAX_RANK + 1, 16).to(device), x.new_empty(4, MAX_RANK + 1))
     with pytest.raises(ValueError, match="is added where the sum is normed"):
         read_rows(x, a, x.clone(), x.new_empty(4, 8), residual=x)
-    with pytest.raises(ValueError, match="wider than"):
-        read_rows(x, a, x.new_empty(4, 24), x.new_empty(4, 8))
+    for rows, factor, room in [(x, a, 7), (x, normal(MAX_RANK + 1, 16), MAX_RANK + 1), (normal(MAX_ROWS + 1, 16), a, 8)]:
+        with pytest.raises(ValueError, match="or are too large"):
+            read_rows(rows.to(device), factor.to(device), rows.to(device).clone(), x.new_empty(len(rows), room))
 
 
 @pytest.mark.gpu

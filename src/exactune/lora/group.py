@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from exactune.lora import ops
 from exactune.lora.gradients import Grads, NormedInput, RankProduct
 from exactune.lora.live import Projection, read_projection
-from exactune.lora.stacked import Scratch, StackedWeight
+from exactune.lora.stacked import Scratch, StackedWeight, roomy_width
 
 if TYPE_CHECKING:
     from exactune.lora.parts import Norm
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class Roomy:
     """A `[N, width]` activation in a buffer with `room` more columns behind it: `data` is the activation, `all` both.
 
-    The buffer's rows are a multiple of 16 values apart: kernels then load 16 bytes at a time, whatever the rank.
+    The buffer's rows are as far apart as `roomy_width` says.
     """
 
     __slots__ = ("all", "alone", "buffer", "width")
@@ -76,11 +76,6 @@ class Roomy:
     def rank_part(self) -> Tensor:
         """P [N, R] on its own, to be kept without what it stands behind."""
         return self.room.clone() if self.alone is None else self.alone
-
-
-def roomy_width(width: int, room: int) -> int:
-    """Columns of the buffer behind an activation [N, width]."""
-    return -(-(width + room) // 16) * 16
 
 
 class Group:
@@ -192,7 +187,7 @@ class Group:
             for ranks, own in self._dropping():
                 torch.mm(own(x.data), matrix[self.outputs :, : self.inputs][ranks].t(), out=x.room[:, ranks])
         elif self.rank and x.alone is None:
-            x.alone = ops.rank_rows(x.data, matrix[self.outputs :, : self.inputs], x.room, keep=True)
+            torch.mm(x.data, matrix[self.outputs :, : self.inputs].t(), out=x.room)
         weight, bias = matrix[: self.outputs, : self.inputs + self.rank].t(), self._bias(matrix.dtype)
         into = None if out is None else out.data
         return torch.mm(x.all, weight, out=into) if bias is None else torch.addmm(bias, x.all, weight, out=into)
@@ -200,17 +195,14 @@ class Group:
     def backward_rank(self, dy: Roomy) -> None:
         """Fill the room of dy [N, O] with P'."""
         if self.rank:
-            self._rank_of(dy, self.filled())
+            torch.mm(dy.data, self.filled()[: self.outputs, self.inputs :], out=dy.room)
 
     def backward_input(self, dy: Roomy) -> Tensor:
         """dx [N, I] of dy [N, O]; fills the room of `dy` with P'."""
         matrix = self.filled()
         if self.rank:
-            self._rank_of(dy, matrix)
+            torch.mm(dy.data, matrix[: self.outputs, self.inputs :], out=dy.room)
         return self._product(matrix, dy, slice(0, self.inputs))
-
-    def _rank_of(self, dy: Roomy, matrix: Tensor) -> None:
-        ops.rank_rows(dy.data, matrix[: self.outputs, self.inputs :].t(), dy.room)
 
     def _dropping(self) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
         """For each adapter: its ranks, and what its dropout does to its input in this pass, and to that input's gradient."""

@@ -87,12 +87,8 @@ def _rank_products_together(products: Sequence[RankProduct]) -> list[Tensor]:
 
 def reads_rows(x: Tensor, factor: Tensor, out: Tensor) -> bool:
     """Whether `read_rows` is for rows like x [N, I] and a factor [R, I]: few of 16 bits, and not too wide."""
-    return _few_rows(out, factor) and x.shape[1] <= read_rows_kernel.MAX_WIDTH and x.stride(1) == 1
-
-
-def _few_rows(y: Tensor, factor: Tensor) -> bool:
-    sixteen = y.dtype in (torch.bfloat16, torch.float16)
-    return sixteen and kernels_run_on(y.device) and tensor_cores(y) and read_rows_kernel.takes(y, factor)
+    sixteen = out.dtype in (torch.bfloat16, torch.float16)
+    return sixteen and kernels_run_on(x.device) and tensor_cores(x) and x.stride(1) == 1 and read_rows_kernel.takes(x, factor)
 
 
 def read_rows(
@@ -103,14 +99,6 @@ def read_rows(
         return read_rows_kernel.read_rows(x, factor, out, room)
     wanted = read_rows_kernel.NormOf(norm.weight, norm.eps, norm.offset, norm.cast)
     return read_rows_kernel.read_rows(x, factor, out, room, norm=wanted, residual=residual)
-
-
-def rank_rows(y: Tensor, factor: Tensor, room: Tensor, *, keep: bool = False) -> Tensor | None:
-    """`room` [N, R] becomes P = y factorᵀ of y [N, I] and factor [R, I]; P alone if it is to be kept and costs nothing, else None."""
-    if _few_rows(y, factor):
-        return read_rows_kernel.rank_rows(y, factor, room, keep=keep)
-    torch.mm(y, factor.t(), out=room)
-    return None
 
 
 def _into(out: Tensor | None, y: Tensor) -> Tensor:
