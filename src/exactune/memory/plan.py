@@ -25,7 +25,7 @@ LEANER = 0.85  # of a step's activations and workspace: what a retry after runni
 # From fast to lean; what is slower than another and holds no less is left out.
 LADDER = ("keep", "keep+all", "mlp", "mlp+all", "layer", "layer+input", "layer+all", "attention", "attention+all")
 TILE_ROWS = (None, 8192, 4096, 2048, 1024)
-SMALL_TILE = 2048  # rows; from here on attention goes a key/value head at a time, and fewer logits are held
+SMALL_TILE = 2048  # rows; from here on attention may go a key/value head at a time, and fewer logits are held
 LEAST_LOGITS = 1 << 27  # bytes of logits at a time where memory is tight; as many times less as tiles are smaller still
 
 
@@ -172,11 +172,12 @@ def _tilings(step: Step, rows: int | None) -> Iterator[Step]:
         yield step
         yield replace(step, tiling=Tiling(logits=LEAST_LOGITS))
     elif rows < step.n:
-        small = rows <= SMALL_TILE
-        tiling = Tiling(rows, 1, LEAST_LOGITS * rows // SMALL_TILE) if small else Tiling(rows, max(1, step.shape.kv_heads // 4))
-        yield replace(step, tiling=tiling)
-        if small:
-            yield replace(step, tiling=tiling, ahead=False)
+        small, quarter = rows <= SMALL_TILE, max(1, step.shape.kv_heads // 4)
+        for kv_heads in dict.fromkeys((quarter, 1) if small else (quarter,)):
+            tiling = Tiling(rows, kv_heads, LEAST_LOGITS * rows // SMALL_TILE if small else None)
+            yield replace(step, tiling=tiling)
+            if small:
+                yield replace(step, tiling=tiling, ahead=False)
 
 
 def leanest(step: Step, *, host: bool = True) -> Plan:

@@ -15,7 +15,8 @@ from exactune.memory.phases import Step
 from exactune.memory.policy import Policy
 
 OPERATIONS = 5.8e14  # a second, in the products of a training step
-ATTENTION = 0.6  # of that rate
+ATTENTION = 0.6  # of that rate, where there are many blocks of queries for each multiprocessor
+MULTIPROCESSORS, QUERIES = 132, 128  # a block's queries; the last block of a causal row lasts twice as long as the mean, and is waited for
 AGAIN = 0.94  # of the time that the same products took in the forward
 LINK = 5.3e10  # bytes a second each way, pinned
 GATHERED = 2e10  # the same of rows of embeddings that kernels read there, for which the first layer waits
@@ -89,8 +90,10 @@ def _layer_seconds(step: Step) -> tuple[float, float]:
 
 
 def _attention_operations(step: Step) -> float:
-    """Of a causal forward; packed rows are shorter, and are counted as whole ones."""
-    return 2 * step.n * step.tokens * step.shape.q_width
+    """Of a causal forward, and as many as its last blocks waste; packed rows are shorter, and are counted as whole ones."""
+    heads = step.shape.heads * (step.tiling.kv_heads or step.shape.kv_heads) // step.shape.kv_heads  # that go through together
+    blocks = step.rows * heads * -(-step.tokens // QUERIES)
+    return 2 * step.n * step.tokens * step.shape.q_width * (1 + MULTIPROCESSORS / blocks)
 
 
 def _again_seconds(step: Step, policy: Policy) -> float:
