@@ -10,7 +10,7 @@ from exactune.lora.slots import Slots
 from exactune.models.accelerate import accelerate
 from exactune.models.notes import base_model
 from exactune.models.replay import SEEN_BEFORE, Passes
-from families import loss_and_grads, random_batch, tiny_model, with_lora
+from families import four_bit_model, loss_and_grads, random_batch, tiny_model, with_lora
 
 
 class Again:
@@ -299,3 +299,18 @@ def test_trained_weights_beside_adapters_run_eagerly():
     for step in range(4):
         assert_same(loss_and_grads(model, **batch_of(step)), loss_and_grads(twin, **batch_of(step)))
     assert len(passes) == 0
+
+
+def test_the_one_recording_of_four_bit_weights_makes_their_scratch_anew(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="4-bit weights are bitsandbytes'")
+    model, twin, passes = recorded(four_bit_model(tmp_path))
+    passes.only = (2, 64)
+    scratch = passes._groups[0].scratch
+    loss_and_grads(model, **batch_of(0))
+    before = {buffer.data_ptr(): buffer for buffer in scratch.buffers()}
+    for step in range(4):
+        assert_same(loss_and_grads(model, **batch_of(step)), loss_and_grads(twin, **batch_of(step)))
+    (recording,) = passes._recordings.values()
+    assert recording.replays == 3 and len(before) == len(scratch.buffers()) == 4
+    assert {id(buffer) for buffer in recording._unpacked} == {id(buffer) for buffer in scratch.buffers()}
+    assert not {buffer.data_ptr() for buffer in scratch.buffers()} & set(before)

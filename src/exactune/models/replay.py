@@ -247,6 +247,8 @@ class Passes:
         if why is None:
             try:
                 groups = [group.bound(_dtype_of(model)) for group in self._groups]
+                if self.only is not None:
+                    _lay_scratch_together(groups)
                 return Recording(compute, inputs, model, groups, self._capture)
             except torch.OutOfMemoryError:
                 why = "no memory to hold a second set of activations"
@@ -258,6 +260,19 @@ class Passes:
                 why = f"{type(first).__name__}: {str(first).strip().splitlines()[0][:160]}"
         self.refused[why] += 1
         return None
+
+
+def _lay_scratch_together(groups: Sequence[Group]) -> None:
+    """Make the buffers for unpacked weights anew in the gaps between what is there for good.
+
+    Made by the first pass, they lie among activations that are gone, and keep pages half full that a recording's pool could use.
+    """
+    for group in groups:
+        group.scratch.clear()
+    torch.cuda.empty_cache()
+    for group in groups:
+        if group.stack.quantised:
+            group.scratch.get(group.stack)
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
