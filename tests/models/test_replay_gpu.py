@@ -79,6 +79,7 @@ def test_nf4(tmp_path):
     report = accelerate(model)
     assert_same_training(training(model, batches), eager)
     assert len(report.passes) == 1 and not report.passes.refused
+    assert len(report.passes._groups[0].scratch.buffers()) == 4, "recorded passes unpack weights where the eager ones did"
 
 
 def test_recomputation_inside_a_graph():
