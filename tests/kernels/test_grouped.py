@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from exactune.kernels import reference
-from exactune.kernels.grouped_mm import grouped_mm, tile_rows, tile_table
+from exactune.kernels.grouped_mm import Tiles, grouped_mm, tile_rows, tile_table
 from exactune.kernels.grouped_outer import grouped_outer
 from exactune.kernels.grouped_rows import combine, routed_gated_backward
 from exactune.kernels.reference import grouped as plain
@@ -71,6 +71,24 @@ def test_grouped_mm(device, dtype, tokens, experts, choices, gather, with_bias, 
         return call
 
     assert_parity(through(grouped_mm), through(plain.grouped_mm), inputs, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("gathered, rank, transposed", [(True, 0, True), (False, 4, False), (False, 40, True)])
+@pytest.mark.parametrize("tokens, experts, choices", [*ROUTES, (300, 3, 2)])
+def test_grouped_mm_of_fetched_blocks(device, tokens, experts, choices, gathered, rank, transposed):
+    """Through descriptors, whose rows past an expert's end are another's; with (300, 3, 2) an expert's last tile is half a one."""
+    K, O = 40, 72
+    _, routing = some_routing(tokens, experts, choices, device)
+    S, rows = tokens * choices, routing.rows if gathered else None
+    inputs = {"x": normal(tokens if gathered else S, K), "w": normal(experts, O, K, seed=1) if transposed else normal(experts, K, O)}
+    if rank:
+        inputs |= {"p": normal(S, rank, seed=3), "b": normal(experts, rank, O, seed=4)}
+    tiles = Tiles(tile_rows(S, experts), 32, 16, 4, 2, fetched=True)
+
+    def through(op, **options):
+        return lambda x, w, **more: op(x, w.mT if transposed else w, routing.offsets, rows=rows, **more, **options)
+
+    assert_parity(through(grouped_mm, tiles=tiles), through(plain.grouped_mm), inputs, dtype=torch.float16, device=device)
 
 
 @pytest.mark.parametrize(
