@@ -120,6 +120,7 @@ def test_no_further_from_the_truth_than_stock_trl(objective, four_bit, tmp_path,
 
 
 def test_grpo_learns_from_its_own_answers(tmp_path):
+    """Fused as stock: from the same first answers, whose rewards rise."""
     (tmp_path / "reward.py").write_text("from test_objectives_gpu import few_letters\n")
     settings = {
         "objective": "grpo", "model_name": str(base_model()), "dtype": "bfloat16", "bf16": True, "max_seq_length": 128, "lora_alpha": 32,
@@ -127,14 +128,17 @@ def test_grpo_learns_from_its_own_answers(tmp_path):
         # A reward that every answer has its share of: of valid JSON a first group may hold one answer, and that one by chance.
         "reward_functions": [f"{tmp_path / 'reward.py'}:few_letters"], "max_completion_length": 24, "per_device_train_batch_size": 16,
         "gradient_accumulation_steps": 1, "learning_rate": 2e-3, "max_steps": 10, "use_gradient_checkpointing": False,
-        "output_dir": str(tmp_path / "run"),
     }  # fmt: skip
-    printed = io.StringIO()
-    metrics = train(TrainConfig(**settings), console=Console(file=printed, width=500)).metrics
-    assert "ran the stock code" not in printed.getvalue()
-    rewards = [line["reward"] for line in metrics]
-    # From -0.6; after ten steps on a CPU, with six seeds, by 0.26 to 0.58.
-    assert statistics.fmean(rewards[-3:]) > rewards[0] + 0.15, rewards
+    first = []
+    for fast in (False, True):
+        printed = io.StringIO()
+        config = TrainConfig(**settings, accelerate=fast, output_dir=str(tmp_path / f"run-{fast}"))
+        rewards = [line["reward"] for line in train(config, console=Console(file=printed, width=500)).metrics]
+        assert "ran the stock code" not in printed.getvalue()
+        # From -0.6; after ten steps on a CPU, with six seeds, by 0.26 to 0.58.
+        assert statistics.fmean(rewards[-3:]) > rewards[0] + 0.15, (fast, rewards)
+        first.append(rewards[0])
+    assert first[1] == pytest.approx(first[0], abs=0.05)  # a logit's last bit may make one of 16 answers another
 
 
 def test_loftq_makes_up_for_a_part_of_what_four_bits_lose():
