@@ -44,6 +44,15 @@ OVERRIDES_IN_PARTS: dict[str, dict[str, Any]] = {
     # An output gate beside the queries, one of a column a head, fused qkv by heads, and norms of the values.
     "qwen3_5_text": {"layer_types": ["full_attention"] * 2},
     "laguna": {"layer_types": ["full_attention"] * 2, "mlp_layer_types": ["dense"] * 2},
+    # Positions that the attention itself looks up; pairs side by side in the first columns of a head.
+    "gptj": {
+        "rotary_dim": 8,
+        "head_dim": None,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "attn_implementation": "eager",
+    },
     "gpt_neox": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
     "gemma4_text": {
         "hidden_size_per_layer_input": 0,

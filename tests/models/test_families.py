@@ -42,7 +42,7 @@ def test_training_step_matches_stock_and_undo_is_bitwise(family):
     assert report_of(model) is None
 
 
-@pytest.mark.parametrize("family", ["granite", "olmo2", "gemma3_text", "cohere2", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["granite", "olmo2", "gemma3_text", "cohere2", "deepseek_v3", "gptj"])
 def test_packed_rows_do_not_see_each_other(family):
     model = with_lora(tiny_model(family))
     batch, packing = packed_batch()
@@ -55,7 +55,7 @@ def test_packed_rows_do_not_see_each_other(family):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "cohere2", "starcoder2", "deepseek_v2"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "cohere2", "starcoder2", "deepseek_v2", "gptj"])
 def test_sixteen_bits_are_read_as_the_same_formulas(family, dtype):
     model = with_lora(tiny_model(family, dtype))
     report = accelerate(model)

@@ -81,6 +81,20 @@ class OutputGate:
     width: int
 
 
+@dataclass(frozen=True)
+class OwnTable:
+    """Sines and cosines that an attention itself holds, side by side: `module.name` [positions, 2 · pairs]."""
+
+    module: Any
+    name: str
+    sine_first: bool
+
+    def at(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin) [B, T, pairs] at `position_ids` [B, T]."""
+        first, second = getattr(self.module, self.name).to(position_ids.device)[position_ids].chunk(2, -1)
+        return (second, first) if self.sine_first else (first, second)
+
+
 @dataclass
 class Attention:
     """Self-attention: projections, rotary embedding and norms (see `rotation`), softmax attention, output gate, output projection."""
@@ -102,6 +116,7 @@ class Attention:
     v_norm: Norm | None = None  # of each head
     order: HeadOrder | None = None  # None: the projections make the queries, then the keys and the values
     gate: OutputGate | None = None
+    table: OwnTable | None = None  # None: it is handed its positions
 
     def bound(self, dtype: torch.dtype) -> Attention:
         """The attention for one pass in `dtype`; see `Group.bound`."""

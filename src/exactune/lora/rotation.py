@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from exactune.lora import ops
-from exactune.lora.parts import Attention, Batch, Norm
+from exactune.lora.parts import Attention, Batch, Norm, OwnTable
 
 
-def cos_and_sin(positions: Any) -> Any:
-    """The positions that a model hands to its layers, those in complex numbers as (cos, sin)."""
+def cos_and_sin(call: dict[str, Any], table: OwnTable | None = None) -> Any:
+    """(cos, sin) for a call with these keyword arguments: what they say, complex numbers too; or of the module's own table."""
+    if table is not None and isinstance(call.get("position_ids"), Tensor):
+        return table.at(call["position_ids"])
+    positions = call.get("position_embeddings")
     if isinstance(positions, Tensor) and positions.is_complex():
         return positions.real, positions.imag
     return positions

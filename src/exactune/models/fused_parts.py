@@ -168,7 +168,9 @@ class FusedAttention(FusedPart):
         x, more, named = split_activation(args, kwargs)
         if x is None or x.dim() != 3:
             raise Unreadable("attention called in a way of its own")
-        mask, positions = self._masked(more, named), cos_and_sin(named.get("position_embeddings"))
+        mask, positions = self._masked(more, named), cos_and_sin(named, self.attention.table)
+        if positions is None and self.attention.rotary_style != "none":
+            raise Unreadable("a call without position embeddings by name")
         cos, sin = positions or (None, None)
         x = as_multiplied(x, self.groups())
         part = bind_part(self.part, self.groups(), x)
@@ -194,6 +196,4 @@ class FusedAttention(FusedPart):
         mask = named.get("attention_mask")
         if mask is not None and packed_rows(mask) is None:
             raise Unreadable("an attention mask")
-        if self.attention.rotary_style != "none" and named.get("position_embeddings") is None:
-            raise Unreadable("a call without position embeddings by name")
         return mask

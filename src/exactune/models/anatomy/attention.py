@@ -16,7 +16,7 @@ from torch import Tensor
 
 from exactune.kernels.reference.attention import attention as reference_attention
 from exactune.lora.group import Group
-from exactune.lora.parts import Attention, Batch, Norm, NormPlace, Tables
+from exactune.lora.parts import Attention, Batch, Norm, NormPlace, OwnTable, Tables
 from exactune.lora.rotation import cos_and_sin, normed_heads, tables_for, turn
 from exactune.lora.stacked import Scratch
 from exactune.models.anatomy.heads import Split, splits_of
@@ -55,18 +55,32 @@ class Norms:
     turned: list[tuple[int, Norm]] = field(default_factory=list)  # (heads, norm)
 
 
-def positions_of(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """(cos, sin) that a call was given, if it was.
+def positions_of(kwargs: dict[str, Any], table: OwnTable | None = None) -> tuple[Tensor, Tensor] | None:
+    """(cos, sin) that a call was given, if it was, or that the module's own table has for it.
 
     Raises:
         Unrecognised: it was given positions in another form.
     """
-    found = cos_and_sin(kwargs.get("position_embeddings"))
+    found = cos_and_sin(kwargs, table)
     if found is None:
         return None
     if type(found) is not tuple or len(found) != 2 or not all(isinstance(t, Tensor) and t.dim() == 3 for t in found):
         raise Unrecognised("positions that are not a cosine and a sine")
     return found
+
+
+def _own_table(module: Any, kwargs: dict[str, Any]) -> OwnTable | None:
+    """The table that a module which is given numbers of positions looks them up in, if it is one of sines and cosines."""
+    ids = kwargs.get("position_ids")
+    if kwargs.get("position_embeddings") is not None or not isinstance(ids, Tensor) or ids.dim() != 2:
+        return None
+    for name, held in (*module.named_buffers(recurse=False), *vars(module).items()):
+        if isinstance(held, Tensor) and held.is_floating_point() and held.dim() == 2 and held.shape[0] > int(ids.max()):
+            first, second = held[0].chunk(2)  # at position 0 a sine is 0, and a cosine 1
+            for sine_first, (sine, cosine) in ((True, (first, second)), (False, (second, first))):
+                if sine.shape == cosine.shape and bool((sine == 0).all() & (cosine == 1).all()):
+                    return OwnTable(module, name, sine_first)
+    return None
 
 
 def _head_dim(module: Any, setting: Setting, width: int) -> int:
@@ -253,14 +267,15 @@ def read_attention(module: Any, trace: Trace, setting: Setting, scratch: Scratch
     heads = inner.shape[-1] // head_dim
     if any(p.shape != (heads,) for p in roles.own) or len(roles.own) > 1:
         raise Unrecognised("parameters of its own")
-    seen, made = Seen(positions_of(event.kwargs), inner), {p: trace.events[p].y for p in roles.ins}
+    table = _own_table(module, event.kwargs)
+    seen, made = Seen(positions_of(event.kwargs, table), inner), {p: trace.events[p].y for p in roles.ins}
     norms = _read_norms(roles, trace, head_dim)
     candidates: list[Candidate] = []
     for split in splits_of(roles.ins, heads, head_dim):
         attention = _with_norms(_bare(split, roles, setting, scratch), split.projections, norms)
         if attention is not None and (candidate := Candidate.of(split, attention, made)).first_token_fits(inner):
             candidates.append(candidate)
-    return explained(seen, candidates, module, setting, head_dim)
+    return replace(explained(seen, candidates, module, setting, head_dim), table=table)
 
 
 def _bare(split: Split, roles: Roles, setting: Setting, scratch: Scratch) -> Attention:

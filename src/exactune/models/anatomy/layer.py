@@ -30,6 +30,8 @@ def read_layer(layer: Any, trace: Trace, parts: dict[Any, Any]) -> Layer:
         raise Unrecognised(f"an order of parts that no whole layer has ({shape})")
     norms = [_plain(read_norm(child)) for child in called if _kind(child, parts) == "n"]
     attention, mlp = (next(parts[c] for c in called if _kind(c, parts) == kind) for kind in "AM")
+    if attention.table is not None:
+        raise Unrecognised("positions that its attention looks up, which no whole layer does")
     if isinstance(mlp, Mlp) and mlp.factor != 1.0:
         raise Unrecognised("a factor of the MLP's result that no whole layer has")
     sandwich = len(norms) == 4
