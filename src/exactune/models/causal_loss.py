@@ -5,30 +5,31 @@ labels the stock forward runs (over the accelerated layers). TRL's trainers ask 
 (`fused_lm_head=True`, handled by a wrapper that TRL puts around this forward); a forward pre-hook renames that request to
 `token_log_probs=True`, so that it passes the wrapper and is served here, by one fused head instead of two.
 
-Small batches that come again in the same shape are recorded and replayed (`replay`). Their rows are filled up to a multiple of
-`BUCKET` tokens that nobody learns from and, behind a causal mask, nobody sees.
+Small batches that come again in the same shape are recorded and replayed (`replay`, `filling`); rows that come padded or begin alike
+go through as their distinct tokens (`compact`).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from exactune.kernels.head import Rows, ValidRows
 from exactune.kernels.linear_cross_entropy import linear_cross_entropy
-from exactune.kernels.reference.cross_entropy import HeadWeights, LossTerms
 from exactune.kernels.token_logprobs import token_logprobs
-from exactune.lora.live import Adapter, Unreadable, read_projection
+from exactune.lora.live import Unreadable
 from exactune.lora.spread import through
 from exactune.memory.phases import chunk_rows
 from exactune.memory.policy import Policy
 from exactune.models.compact import Compact, compact, draws
+from exactune.models.filling import filled_inputs, filled_size
 from exactune.models.fused_layer import Shared
+from exactune.models.head import FusedHead, Head
 from exactune.models.outputs import CausalLMOutput, Deferred
 from exactune.models.per_token import mean_logits, per_token, stock_per_token
 from exactune.models.replay import LAUNCH_BOUND, Inputs, Passes, operations_a_token
@@ -36,51 +37,6 @@ from exactune.models.rows import causal_mask, mask_of_positions, only_right_padd
 from exactune.models.same_batch import SameBatch
 from exactune.models.trl_request import PerToken, request_of
 
-
-@dataclass
-class Head:
-    """The output projection as the config describes it: `softcap * tanh(scale * (h Wᵀ + b) / softcap)`."""
-
-    module: Any
-    softcap: float | None
-    scale: float
-
-    def as_read(self, hidden: Tensor) -> Tensor:
-        """The hidden states as the head multiplies them: a last norm may give float32, under autocast or always."""
-        dtype = self.module.weight.dtype
-        return hidden.to(dtype) if hidden.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16) else hidden
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The whole logits `[..., V]`, through the module itself."""
-        logits = self.module(hidden)
-        logits = logits * self.scale if self.scale != 1.0 else logits
-        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
-
-    def fused(self) -> FusedHead:
-        """The same for the fused head, with the adapter that is on it now.
-
-        Raises:
-            Unreadable: the head has to run its own forward.
-        """
-        projection = read_projection(self.module)
-        if projection.quantised or (projection.adapter and projection.adapter.dropout):
-            raise Unreadable("a quantised head, or dropout on its adapter")
-        weights = HeadWeights(projection.base.weight, projection.base.bias)
-        if projection.adapter is not None:
-            adapter: Adapter = projection.adapter
-            weights = replace(weights, lora_a=adapter.a, lora_b=adapter.b, lora_scale=adapter.scale)
-        return FusedHead(weights, LossTerms(softcap=self.softcap, logit_scale=self.scale))
-
-
-class FusedHead(NamedTuple):
-    """The arguments of the fused head that are the model's."""
-
-    weights: HeadWeights
-    terms: LossTerms
-
-
-BUCKET = 64  # tokens a row; packed rows are one row of many times that
-DOCUMENTS = 32  # rows in a packed one are counted up to a multiple of this, the missing ones empty
 REPLAYABLE = {"input_ids", "attention_mask", "position_ids", "return_dict", "seq_idx"}  # `seq_idx` is for layers without attention
 REPLAYABLE |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
@@ -259,12 +215,8 @@ class CausalForward:
 
     def _filled_size(self, kwargs: dict[str, Any]) -> tuple[int, int]:
         """(rows, tokens) that this pass is filled up to when it is recorded."""
-        B, T = kwargs["input_ids"].shape
         only = self.passes.only if self.passes is not None else None
-        if only is None:
-            return B, -(-T // BUCKET) * BUCKET
-        packed = packed_rows(kwargs["attention_mask"]) or (None, None)
-        return only if packed[0] is None else (1, only[0] * only[1])
+        return filled_size(kwargs["input_ids"].shape, packed_rows(kwargs["attention_mask"]), only)
 
     def _policies(self) -> tuple[Policy | None, ...]:
         return tuple(getattr(layer.forward, "policy", None) for layer in self.layers)
@@ -274,16 +226,9 @@ class CausalForward:
     ) -> tuple[Tensor, ...] | None:
         """The same through a recorded pass, or None where there is none and may be none."""
         assert self.passes is not None
-        (B, T), longest, packed = shifted.shape, 0, packed_rows(kwargs["attention_mask"]) or (None, None)
-        rows, tokens = self._filled_size(kwargs)
-        missing = rows - B, tokens - T
-        inputs = {"input_ids": _filled_up(kwargs["input_ids"], missing, 0), "shifted": _filled_up(shifted, missing, -100)}
-        if kwargs.get("position_ids") is not None:
-            each = missing if len(kwargs["position_ids"]) == B else (0, missing[1])  # or the same for all
-            inputs["position_ids"] = _filled_up(kwargs["position_ids"], each, 0)
-        if packed[0] is not None and packed[1] is not None:
-            inputs["cu_seqlens"] = _counted_up(packed[0], tokens)
-            longest = 1 << ((tokens if self.passes.only else max(packed[1], BUCKET)) - 1).bit_length()
+        B, T = shifted.shape
+        packed = packed_rows(kwargs["attention_mask"])
+        inputs, longest = filled_inputs(kwargs, shifted, packed, self._filled_size(kwargs), any_length=self.passes.only is not None)
         if num_items is not None:
             inputs["num_items"] = torch.as_tensor(num_items, dtype=torch.float32).reshape(())
 
@@ -334,13 +279,3 @@ class CausalForward:
 def _shifted(labels: Tensor) -> Tensor:
     """Each label [B, T] where it is predicted."""
     return nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-
-
-def _filled_up(values: Tensor, missing: tuple[int, int], value: int) -> Tensor:
-    """`values` [B, T] with as many more rows and columns of `value`."""
-    return nn.functional.pad(values, (0, missing[1], 0, missing[0]), value=value) if any(missing) else values
-
-
-def _counted_up(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """`cu_seqlens` with the filling as one more document and empty ones up to a multiple of `DOCUMENTS`, plus one."""
-    return nn.functional.pad(cu_seqlens, (0, DOCUMENTS - (len(cu_seqlens) - 1) % DOCUMENTS), value=tokens)

@@ -1,15 +1,59 @@
-"""Recognise how a model makes logits of hidden states, from the logits themselves."""
+"""How a model makes logits of hidden states: recognised from the logits themselves, and handed to the fused head."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from exactune.models.causal_loss import Head
+from exactune.kernels.reference.cross_entropy import HeadWeights, LossTerms
+from exactune.lora.live import Adapter, Unreadable, read_projection
 
 OWN_WAY = "a head that makes its logits in a way of its own"
+
+
+class FusedHead(NamedTuple):
+    """The arguments of the fused head that are the model's."""
+
+    weights: HeadWeights
+    terms: LossTerms
+
+
+@dataclass
+class Head:
+    """The output projection as the config describes it: `softcap * tanh(scale * (h Wᵀ + b) / softcap)`."""
+
+    module: Any
+    softcap: float | None
+    scale: float
+
+    def as_read(self, hidden: Tensor) -> Tensor:
+        """The hidden states as the head multiplies them: a last norm may give float32, under autocast or always."""
+        dtype = self.module.weight.dtype
+        return hidden.to(dtype) if hidden.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16) else hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The whole logits `[..., V]`, through the module itself."""
+        logits = self.module(hidden)
+        logits = logits * self.scale if self.scale != 1.0 else logits
+        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+
+    def fused(self) -> FusedHead:
+        """The same for the fused head, with the adapter that is on it now.
+
+        Raises:
+            Unreadable: the head has to run its own forward.
+        """
+        projection = read_projection(self.module)
+        if projection.quantised or (projection.adapter and projection.adapter.dropout):
+            raise Unreadable("a quantised head, or dropout on its adapter")
+        weights = HeadWeights(projection.base.weight, projection.base.bias)
+        if projection.adapter is not None:
+            adapter: Adapter = projection.adapter
+            weights = replace(weights, lora_a=adapter.a, lora_b=adapter.b, lora_scale=adapter.scale)
+        return FusedHead(weights, LossTerms(softcap=self.softcap, logit_scale=self.scale))
 
 
 def _scales(config: Any, raw: Tensor, stock: Tensor) -> list[float]:
