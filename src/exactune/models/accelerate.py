@@ -76,8 +76,7 @@ def accelerate(model: Any, *, verify: bool = True, deterministic: bool = False, 
     try:
         base.eval()
         _install(base, decoder, blocks, state, verify=verify, layers=layers)
-        whole = state.report.fused_layers == len(blocks)
-        if cuda_graphs and base.device.type == "cuda" and state.head is not None and state.head.all_fused and whole:
+        if cuda_graphs and base.device.type == "cuda" and state.head is not None and state.head.all_fused and _known(state, len(blocks)):
             state.head.passes = Passes(base, groups_of(state.installed), CudaCapture(base.device))
             state.report.passes = state.head.passes
     except BaseException:
@@ -93,6 +92,12 @@ def accelerate(model: Any, *, verify: bool = True, deterministic: bool = False, 
     _ACTIVE[base] = state
     follow_notes(base)
     return state.report
+
+
+def _known(state: Acceleration, layers: int) -> bool:
+    """Whether every layer's work is known, so that it may be recorded: fused as a whole, or experts with every other part fused."""
+    experts, report = state.report.count("experts")[0], state.report
+    return report.fused_layers == layers or (not report.stock and state.wide is None and report.fused_layers + experts == layers)
 
 
 def _has_decoder(base: Any) -> bool:

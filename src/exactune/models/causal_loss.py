@@ -30,6 +30,7 @@ from exactune.models.compact import Compact, compact, draws
 from exactune.models.filling import filled_inputs, filled_size
 from exactune.models.fused_layer import Shared
 from exactune.models.head import FusedHead, Head
+from exactune.models.observe import blocks_of
 from exactune.models.outputs import CausalLMOutput, Deferred
 from exactune.models.per_token import mean_logits, per_token, stock_per_token
 from exactune.models.replay import LAUNCH_BOUND, Inputs, Passes, operations_a_token
@@ -52,7 +53,11 @@ class CausalForward:
         self.active, self._logits_read = True, False
         self._same = SameBatch()
         self.before = vars(model).get("forward")  # a trainer's wrapper that was on the model already
-        self._operations = max(map(operations_a_token, layers), default=0.0)
+        blocks = blocks_of(decoder)
+        whole = {id(layer) for layer in layers}
+        self._in_parts = [block for block in blocks if id(block) not in whole]  # layers whose forward is the stock one
+        choices = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 0
+        self._operations = max((operations_a_token(block, choices) for block in blocks), default=0.0)
         functools.update_wrapper(self, type(model).forward)  # generate() reads the stock signature
 
     def __call__(self, *args: Any, labels: Tensor | None = None, token_log_probs: PerToken | bool = False, **kwargs: Any) -> Any:
@@ -207,6 +212,8 @@ class CausalForward:
             return False
         if any(policy is not None and policy.offload != "nothing" for policy in self._policies()):
             return False  # the host's side of a copy is not in a graph
+        if any(getattr(layer, "gradient_checkpointing", False) for layer in self._in_parts):
+            return False  # stock checkpointing keeps the state of the generator on the host
         asked = {name for name, value in kwargs.items() if value is not None and value is not False}
         if "input_ids" not in asked or not asked <= REPLAYABLE:
             return False
