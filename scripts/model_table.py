@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from model_page import CLOSE, DOCS, all_fused, passed, write
+from model_page import CLOSE, DOCS, STOCK_FAILS, all_fused, passed, write
 from tiny_types import Unbuildable, batches, keeps_rows_apart, model_types, tiny_model, whole_rows, with_lora
 
 Step = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
@@ -162,7 +162,10 @@ def examine_on_gpu(model_type: str) -> dict[str, Any]:
         twin = truth_of(model, dtype)
         twin.config._experts_implementation = "eager"
         truths = [step(twin, batch) for batch in inputs]
-        stock = [overall(step(model, batch), truth) for batch, truth in zip(inputs, truths)]
+        try:
+            stock = [overall(step(model, batch), truth) for batch, truth in zip(inputs, truths)]
+        except RuntimeError as why:
+            raise Unbuildable(f"{STOCK_FAILS} in {name}: {str(why).splitlines()[0][:150]}") from why
         report = accelerate(model)
         fast = [overall(step(model, batch), truth) for batch, truth in zip(inputs, truths)]
         row |= _parts(report)
