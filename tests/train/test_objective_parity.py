@@ -130,6 +130,17 @@ def test_the_reward_models_losses_are_those_of_stock_trl(accelerated, workspace,
     assert ("2/2 attention, 2/2 MLP" in printed.getvalue()) is accelerated and "ran the stock code" not in printed.getvalue()
 
 
+def test_groups_of_unequal_prompts_in_one_batch_are_stocks_and_need_no_mask(workspace, tmp_path):
+    """Prompts are padded before their tokens: what is fused goes without the padding, and each prompt of a group through it once."""
+    values = settings("grpo", workspace, tmp_path) | {"per_device_train_batch_size": 8, "max_steps": 5}
+    expected = our_losses(values | {"accelerate": False, "output_dir": str(tmp_path / "stock")})
+    printed = io.StringIO()
+    result = train(TrainConfig(**values, memory_budget="1GiB"), console=Console(file=printed, width=300))
+    assert "head fused; 0 stock" in printed.getvalue() and "ran the stock code" not in printed.getvalue()
+    assert [line["loss"] for line in result.metrics] == pytest.approx(expected, rel=2e-3, abs=2e-4)
+    assert len(set(expected)) == 5
+
+
 @pytest.mark.parametrize("objective", ["sft", "pretrain"])
 def test_the_losses_of_text_are_those_of_stock_trl(objective, workspace, tmp_path):
     model, tokenizer = stock_model(workspace)
