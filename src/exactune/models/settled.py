@@ -9,12 +9,14 @@ module, a tenth of the time, says whether the list still holds.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
+from operator import attrgetter, is_, methodcaller
 from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from exactune.models.notes import bind, unbind
+from exactune.models.notes import Bound, bind, unbind
 
 _STOCK_TRAIN = (nn.Module.train, PreTrainedModel.train)  # neither does anything where every module has the mode already
 
@@ -28,13 +30,33 @@ class _Found(NamedTuple):
     key: str
 
 
+_PARTS, _VALUES = attrgetter("_modules", "_parameters"), methodcaller("values")
+
+
+class _Tree(NamedTuple):
+    """What some modules hold, children and parameters: all keys in order, how many each module has, and what stands under them."""
+
+    keys: list[str]
+    sizes: list[int]
+    held: list[Any]
+
+    @staticmethod
+    def of(modules: list[nn.Module]) -> _Tree:
+        parts = list(chain.from_iterable(map(_PARTS, modules)))
+        return _Tree(list(chain.from_iterable(parts)), list(map(len, parts)), list(chain.from_iterable(map(_VALUES, parts))))
+
+    def is_that_of(self, modules: list[nn.Module]) -> bool:
+        """Whether they hold the same still; without a loop of Python's, for this is asked several times a step."""
+        now = _Tree.of(modules)
+        return now.keys == self.keys and now.sizes == self.sizes and all(map(is_, now.held, self.held))
+
+
 class Settled:
     """Modules and parameters under one root as they were last seen. The copy of a model starts anew."""
 
     def __init__(self) -> None:
         self._modules: list[nn.Module] = []  # all but the root, which is not to be held by what it holds
-        self._keys: list[tuple[str, ...]] = []  # of children and parameters of the root, then of each module
-        self._held: list[int] = []  # what stands there, by identity; all of it is kept alive here
+        self._tree = _Tree([], [], [])
         self._parameters: list[_Found] = []
         self._plain = False  # every module's `train` is torch's own
         self._counts: dict[tuple[bool, bool], tuple[list, int]] = {}  # arguments: (what was counted, the answer)
@@ -79,7 +101,7 @@ class Settled:
 
     def _holds(self, root: nn.Module) -> bool:
         """Whether everything is as it was written down; else it is written down now."""
-        if self._modules and _keys_of(modules := [root, *self._modules]) == self._keys and _held_by(modules) == self._held:
+        if self._modules and self._tree.is_that_of([root, *self._modules]):
             return True
         self._write(root)
         return False
@@ -87,8 +109,8 @@ class Settled:
     def _write(self, root: nn.Module) -> None:
         named = list(root.named_modules())
         self._modules = [module for _, module in named[1:]]
-        self._keys, self._held = _keys_of([root, *self._modules]), _held_by([root, *self._modules])
-        self._plain = all(type(module).train in _STOCK_TRAIN and "train" not in vars(module) for module in self._modules)
+        self._tree = _Tree.of([root, *self._modules])
+        self._plain = all(map(_trains_as_torch, self._modules))
         self._counts = {}
         once: dict[int, _Found] = {}
         for name, module in named[1:]:
@@ -98,12 +120,9 @@ class Settled:
         self._parameters = list(once.values())
 
 
-def _keys_of(modules: list[nn.Module]) -> list[tuple[str, ...]]:
-    return [(*module._modules, *module._parameters) for module in modules]
-
-
-def _held_by(modules: list[nn.Module]) -> list[int]:
-    return [id(held) for module in modules for part in (module._modules, module._parameters) for held in part.values()]
+def _trains_as_torch(module: nn.Module) -> bool:
+    own = vars(module).get("train")
+    return type(module).train in _STOCK_TRAIN and (own is None or isinstance(own, Bound))  # what `settle` has bound
 
 
 def settle(model: nn.Module) -> None:
