@@ -48,3 +48,15 @@ def test_a_model_through_the_kernel(family, monkeypatch):
     plain = loss_and_grads(model, **random_batch(2, 20))
     monkeypatch.setattr(ops, "rank_products", ops._rank_products_together)
     assert distance(loss_and_grads(model, **random_batch(2, 20))[1], plain[1]) < 2e-6
+
+
+def test_gradients_in_one_piece():
+    parameters = [torch.zeros(2, 3), torch.zeros(4), torch.zeros(1, 5), torch.zeros(1 << 18)]
+    grads = Grads()
+    grads.add(parameters[0], torch.arange(6.0).view(2, 3))
+    grads.add(parameters[2], torch.arange(5.0).view(1, 5))
+    grads.add(parameters[3], parameters[3])
+    first, none, last, large = grads.of(parameters, in_one_piece=True)
+    assert large is grads[parameters[3]]
+    assert none is None and torch.equal(first, grads[parameters[0]]) and torch.equal(last, grads[parameters[2]])
+    assert first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()

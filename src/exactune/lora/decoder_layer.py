@@ -209,7 +209,7 @@ class DecoderLayerFunction(torch.autograd.Function):
         kept = Kept.of(ctx.saved_tensors, ctx.attention)
         with torch.autocast(dy.device.type, enabled=False):  # a backward inside an autocast block must not be cast a second time
             dx, grads = backward(ctx.layer, ctx.batch, kept, ctx.policy, dy, need_dx=ctx.needs_input_grad[4])
-        return None, None, None, None, dx, *grads.of(ctx.trained)
+        return None, None, None, None, dx, *grads.of(ctx.trained, in_one_piece=ctx.batch.tiled)  # tiles: memory is what is dear
 
 
 def run_layer(layer: Layer, batch: Batch, x: Tensor, policy: Policy, store: HostStore | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from exactune.lora import ops
 if TYPE_CHECKING:
     from exactune.lora.parts import Norm
 
+SMALL = 1 << 20  # bytes below which torch's allocator on a GPU has memory of its own
 FEW_ROWS = 2048  # up to here a product takes less time than the launches around it; what waits for its turn is small
 
 
@@ -62,9 +63,10 @@ class Grads(dict[Tensor, Tensor]):
         if not self.together:
             self.settle()
 
-    def of(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """The gradient of each parameter in its own dtype; None where there is none."""
-        return [self[p].to(p.dtype) if p in self else None for p in parameters]
+    def of(self, parameters: Sequence[Tensor], *, in_one_piece: bool = False) -> list[Tensor | None]:
+        """The gradient of each parameter in its own dtype; None where there is none. `in_one_piece`: small ones as views of one tensor."""
+        found = [self[p].to(p.dtype) if p in self else None for p in parameters]
+        return _in_one_piece(found) if in_one_piece else found
 
     def settle(self) -> Grads:
         """Compute what waits; returns itself."""
@@ -76,3 +78,13 @@ class Grads(dict[Tensor, Tensor]):
                 row += parameter.shape[0]
         self._waiting.clear()
         return self
+
+
+def _in_one_piece(gradients: list[Tensor | None]) -> list[Tensor | None]:
+    """The small ones as views of one tensor: torch holds each of them apart, where no activation's memory can serve it."""
+    small = {index: grad for index, grad in enumerate(gradients) if grad is not None and grad.nbytes < SMALL}
+    if len({grad.dtype for grad in small.values()}) != 1:
+        return gradients
+    whole = torch.cat([grad.reshape(-1) for grad in small.values()])
+    views = dict(zip(small, whole.split([grad.numel() for grad in small.values()])))
+    return [views[index].view(small[index].shape) if index in small else grad for index, grad in enumerate(gradients)]
