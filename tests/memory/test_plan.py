@@ -93,7 +93,7 @@ def test_eight_bit_state_of_an_embedding_stays_in_32_bits():
 def test_recorded_passes_hold_a_second_set_and_hide_the_launches():
     eager, recorded = (Step(LLAMA_1B, Job(bits=4, graphs=graphs), 1, 512) for graphs in (False, True))
     kept, again = all_of("keep", eager), all_of("keep", recorded)
-    second_set = round(max(kept.phases.values())) + WORKSPACE + ROUNDED
+    second_set = round(max(kept.phases.values())) + WORKSPACE + ROUNDED + recorded.job.gradients(LLAMA_1B)
     assert again.peak == kept.peak + second_set and again.seconds < kept.seconds
     alone = all_of("keep", replace(recorded, alone=True))
     assert kept.peak < alone.peak < again.peak and alone.seconds == again.seconds
@@ -103,15 +103,15 @@ def test_recorded_passes_hold_a_second_set_and_hide_the_launches():
 
 
 def test_a_recording_takes_what_an_h200_reserved():
-    """`bench/results`: the 1B shape at 2 x 2,048, r = 16, nothing recomputed: 5.33 GiB, with what fragments leave unused."""
+    """The 1B shape at 2 x 2,048, r = 16, nothing recomputed: 5.04 GiB."""
     step = Step(LLAMA_1B, Job(bits=4, optim="adamw_torch_fused", graphs=True), 2, 2048, alone=True)
-    assert all_of("keep", step).peak / GIB == pytest.approx(5.33 / 1.04, rel=0.03)
+    assert all_of("keep", step).peak / GIB == pytest.approx(5.04, rel=0.02)
 
 
 def test_recordings_have_the_memory_beside_eager_passes_or_alone_or_not_at_all():
     step = Step(LLAMA_1B, Job(bits=4, graphs=True), 1, 512)
     least = leanest(step, host=False).peak / (1 - MARGIN)
-    roomy, tight, none = (choose(step, int(budget), 0) for budget in (4 * GIB, least + 0.1 * GIB, least + 1e6))
+    roomy, tight, none = (choose(step, int(budget), 0) for budget in (4 * GIB, least + 0.15 * GIB, least + 1e6))
     assert roomy.fixed["recorded passes"] and roomy.only is None
     assert tight.fixed["recorded passes"] and tight.only == (1, 512)
     assert not none.step.job.graphs and not none.fixed["recorded passes"] and none.only is None

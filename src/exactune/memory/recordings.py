@@ -25,8 +25,10 @@ def pass_bytes(phases: Mapping[str, float]) -> float:
 
 def recorded_bytes(step: Step, phases: Mapping[str, float]) -> int:
     """What `step`, recorded, takes beyond the `phases` of an eager one."""
+    gradients = step.job.gradients(step.shape)
+    # Most are so small that the allocator has them apart from activations; those of tiles lie together (`exactune.lora.gradients`).
+    pool = ROUNDED + (0 if step.tiled else gradients)
     if step.alone:
-        gradients = step.job.gradients(step.shape)
         there = gradients if step.job.accumulates else 0  # counted with the phases
-        return round(max(gradients, phases["update"] - there)) - WORKSPACE + ROUNDED
-    return round(pass_bytes(phases)) + WORKSPACE + ROUNDED
+        return round(max(gradients, phases["update"] - there)) - WORKSPACE + pool
+    return round(pass_bytes(phases)) + WORKSPACE + pool
