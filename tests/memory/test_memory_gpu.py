@@ -309,7 +309,7 @@ def test_what_is_reserved_stays_near_what_is_allocated():
             model(**batch_of(4, 1024)).loss.backward()
     gap = (torch.cuda.max_memory_reserved() - before[0]) / (torch.cuda.max_memory_allocated() - before[1]) - 1
     print(f"gap {gap:.1%}")
-    assert gap < 0.15  # of a small model: blocks of 20 MiB and up are what the 5 % of a real one are made of
+    assert gap < 0.25  # of a small model, in segments of fixed sizes: blocks of 20 MiB are what the 5 % of a real one are made of
 
 
 def test_a_run_plans_measures_and_trains_the_same_bits(tmp_path):
