@@ -364,6 +364,13 @@ def test_saving_an_accelerated_model_gives_the_same_weights(tmp_path):
     assert "model.layers.0.self_attn.k_proj.weight" in saved
 
 
+def test_the_autocast_of_a_caller_does_not_reach_the_proofs():
+    model = with_lora(tiny_model("llama", torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        report = accelerate(model)
+    assert report.fused_layers == report.layers and not report.stock
+
+
 def test_accelerating_twice_starts_afresh():
     model = with_lora(tiny_model("llama"))
     first, second = accelerate(model), accelerate(model)

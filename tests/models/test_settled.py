@@ -146,6 +146,18 @@ def test_acceleration_brings_it_and_takes_it_back(model):
     answers = {"train", "named_parameters", "num_parameters"}
     assert not answers & (vars(base).keys() | vars(model).keys())
     accelerate(model, verify=False)
-    assert answers <= vars(base).keys() and answers - {"num_parameters"} <= vars(model).keys()
-    undo(model)
     assert not answers & (vars(base).keys() | vars(model).keys())
+    for _ in range(2):
+        model(input_ids=torch.arange(8)[None])
+        assert answers <= vars(base).keys() and answers - {"num_parameters"} <= vars(model).keys()
+    undo(model)
+    assert not answers & (vars(base).keys() | vars(model).keys()) and not base._forward_pre_hooks and not model._forward_pre_hooks
+
+
+def test_a_model_that_only_an_expression_holds_may_be_called_on():
+    def accelerated():
+        model = with_lora(tiny_model("llama", torch.float32))
+        accelerate(model, verify=False)
+        return model
+
+    assert accelerated().train().training and not accelerated().eval().training

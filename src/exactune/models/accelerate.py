@@ -26,7 +26,7 @@ from exactune.models.notes import base_model, bind, unbind
 from exactune.models.observe import blocks_of, decoder_of, observe, takes_causal_mask
 from exactune.models.replay import Passes
 from exactune.models.report import Report
-from exactune.models.settled import settle, unsettle
+from exactune.models.settled import settle_when_used, unsettle
 from exactune.models.stock_head import DecoderForward
 from exactune.models.wide_stream import WideStream, leaves_range
 
@@ -75,7 +75,8 @@ def accelerate(model: Any, *, verify: bool = True, deterministic: bool = False, 
     training = {module: module.training for module in base.modules()}
     try:
         base.eval()
-        _install(base, decoder, blocks, state, verify=verify, layers=layers)
+        with torch.autocast(base.device.type, enabled=False):  # that of a caller would round the proofs
+            _install(base, decoder, blocks, state, verify=verify, layers=layers)
         if cuda_graphs and base.device.type == "cuda" and state.head is not None and state.head.all_fused and _known(state, len(blocks)):
             state.head.passes = Passes(base, groups_of(state.installed), CudaCapture(base.device))
             state.report.passes = state.head.passes
@@ -87,7 +88,7 @@ def accelerate(model: Any, *, verify: bool = True, deterministic: bool = False, 
             module.training = was
     state.shared.stock_calls.clear()  # the proofs' own passes do not count
     for one in {base, model}:
-        settle(one)
+        state.hooks.append(settle_when_used(one))
         state.settled.append(weakref.ref(one))
     _ACTIVE[base] = state
     follow_notes(base)

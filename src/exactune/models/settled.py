@@ -14,6 +14,7 @@ from operator import attrgetter, is_, methodcaller
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from exactune.models.notes import Bound, bind, unbind
@@ -123,6 +124,23 @@ class Settled:
 def _trains_as_torch(module: nn.Module) -> bool:
     own = vars(module).get("train")
     return type(module).train in _STOCK_TRAIN and (own is None or isinstance(own, Bound))  # what `settle` has bound
+
+
+class _AtFirstPass:
+    """A forward pre-hook that settles its model and goes."""
+
+    def __call__(self, model: nn.Module, args: tuple) -> None:
+        for key in [key for key, hook in model._forward_pre_hooks.items() if hook is self]:
+            del model._forward_pre_hooks[key]
+        settle(model)
+
+
+def settle_when_used(model: nn.Module) -> RemovableHandle:
+    """`settle` the model when it is first run.
+
+    What is bound to it holds it weakly, and before that it may be nobody's but the expression's: `get_peft_model(...).train()`.
+    """
+    return model.register_forward_pre_hook(_AtFirstPass())
 
 
 def settle(model: nn.Module) -> None:
