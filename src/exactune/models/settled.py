@@ -2,7 +2,7 @@
 
 Each step of Trainer sets the training mode of every module, counts the parameters for its tally of operations, lists them to clip their
 gradients and again to clear them. A 1B model with adapters has 1,300 modules: torch calls `train` of each, and hands each name up through
-eight generators. With a small batch that is most of the step. Here modules and parameters are written down once, and a look at every
+eight generators. With a small batch that is a good part of the step. Here modules and parameters are written down once, and a look at every
 module, a tenth of the time, says whether the list still holds.
 """
 
