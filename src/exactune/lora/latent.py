@@ -85,16 +85,16 @@ class Latent:
         return _projected(self.core.out, out.reshape(batch.n, -1))
 
     def _softmax_attention(self, batch: Batch, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, T, H, values] of q, k and v. Libraries want values as wide as keys, so they get zeros behind.
+        """[B, T, H, values] of q, k and v; where a library wants values as wide as keys, they get zeros behind.
 
-        Our own kernels take them as they are, but for heads this wide go backward at a third of flash's rate for narrower ones
-        (bench/results/h200-attention.txt).
+        Our own kernels take them as they are, but for heads this wide go backward at two thirds of padded flash's speed
+        (bench/results/h200-latent.txt).
         """
         call = Call(
             scale=self.core.scale, window=self.core.window, softcap=self.core.softcap,
             cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, deterministic=batch.deterministic,
         )  # fmt: skip
-        if choose_backend(q, k, k, call) in ("cudnn", "flash"):
+        if choose_backend(q, k, v, call) == "triton" and choose_backend(q, k, k, call) in ("cudnn", "flash"):
             v = torch.nn.functional.pad(v, (0, k.shape[-1] - self.values))
         return attention(q, k, v, **vars(call))[..., : self.values]
 
