@@ -14,9 +14,10 @@ import triton
 
 from exactune.kernels import cross_entropy as kernels
 from exactune.kernels.cross_entropy import LossTerms, RowStatistics, cross_entropy_forward, cross_entropy_forward_and_gradient
-from exactune.kernels.head import Rows, ValidRows, chunk_rows, logits_buffer
+from exactune.kernels.head import Rows, ValidRows, logits_buffer
 from exactune.kernels.linear_cross_entropy import linear_cross_entropy
 from exactune.kernels.reference.cross_entropy import HeadWeights
+from exactune.layout import chunk_rows
 from timing import milliseconds, report
 
 

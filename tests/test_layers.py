@@ -6,7 +6,7 @@ from pathlib import Path
 SRC = Path(__file__).parent.parent / "src" / "exactune"
 
 RANKS = {
-    "errors": 0, "device": 0, "assets": 0,
+    "errors": 0, "device": 0, "assets": 0, "layout": 0,
     "kernels": 1, "data": 1, "memory": 1,
     "lora": 2,
     "models": 3,

@@ -5,11 +5,12 @@ import torch
 
 from exactune.kernels import linear_cross_entropy as fused_module
 from exactune.kernels import linear_logprobs as logprobs_module
-from exactune.kernels.head import Rows, ValidRows, chunk_bounds, chunk_rows
+from exactune.kernels.head import Rows, ValidRows, chunk_bounds
 from exactune.kernels.linear_cross_entropy import linear_cross_entropy
 from exactune.kernels.linear_logprobs import linear_logprobs
 from exactune.kernels.reference import cross_entropy as reference
 from exactune.kernels.reference.cross_entropy import HeadWeights, LossTerms
+from exactune.layout import chunk_rows
 from parity import assert_parity
 
 STATIC = Rows(static_shapes=True)

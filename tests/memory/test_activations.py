@@ -6,14 +6,10 @@ import pytest
 import torch
 from memory_layers import batch_of, fused_layers, run
 
-from exactune.kernels.head import chunk_rows as rule_of_the_head
 from exactune.lora.kept import TENSORS
-from exactune.lora.stacked import padded as rule_of_the_ranks
-from exactune.lora.stacked import roomy_width
 from exactune.memory import job as jobs
-from exactune.memory import phases
 from exactune.memory.activations import kept_tensors, on_device, on_host, travelling
-from exactune.memory.job import Job, roomy
+from exactune.memory.job import Job
 from exactune.memory.offload import HostStore
 from exactune.memory.phases import Step, peak
 from exactune.memory.pieces import host_bytes
@@ -81,17 +77,6 @@ def test_adapters_on_some_projections():
     names = set(kept_tensors(shape, job, 8))
     assert names <= set(TENSORS) and set(STAYS) <= set(TENSORS)
     assert job.rank(shape, "qkv") == 8 and job.rank(shape, "gate_up") == 0 and job.rank(shape, "down") == 8
-
-
-def test_the_rules_of_other_parts_are_the_ones_counted_with():
-    for rows in (1, 63, 2048, 8192, 81920, 262144):
-        for vocabulary in (320, 32000, 128256, 262144):
-            for width in (2, 4):
-                assert phases.chunk_rows(rows, vocabulary, width) == rule_of_the_head(rows, vocabulary, width)
-    for width in (64, 100, 6144):
-        for room in (0, 8, 24, 96):
-            assert roomy(width, room) == roomy_width(width, room)
-    assert all(jobs.padded(rank) == rule_of_the_ranks(rank) for rank in range(70))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3"])

@@ -13,16 +13,7 @@ import torch
 from torch import Tensor
 
 from exactune.kernels.reference.cross_entropy import HeadWeights
-
-CHUNK_BYTES = 1 << 29  # logits in flight: 2,048 rows of 128,256 in 16 bits, where cuBLAS is already at full speed
-ROW_STEP = 128  # a GEMM tile's height: chunks are whole tiles
-
-
-def chunk_rows(rows: int, V: int, itemsize: int) -> int:
-    """Rows a chunk: the fewest chunks whose logits stay within `CHUNK_BYTES`, of about equal height."""
-    most = max(ROW_STEP, CHUNK_BYTES // (V * itemsize) // ROW_STEP * ROW_STEP)
-    chunks = max(1, -(-rows // most))
-    return -(-rows // chunks // ROW_STEP) * ROW_STEP if chunks > 1 else max(1, rows)
+from exactune.layout import chunk_rows
 
 
 def chunk_bounds(rows: int, each: int) -> Iterator[tuple[int, int]]:

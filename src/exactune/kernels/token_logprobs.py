@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from exactune.device import kernels_run_on
-from exactune.kernels.head import ALL_ROWS, Rows, chunk_bounds, chunk_rows, compute_dtype, logits_buffer, logits_of, spread_rows, take
+from exactune.kernels.head import ALL_ROWS, Rows, chunk_bounds, compute_dtype, logits_buffer, logits_of, spread_rows, take
 from exactune.kernels.linear_cross_entropy import FP16_HEADROOM
 from exactune.kernels.linear_logprobs import linear_logprobs
 from exactune.kernels.reference import cross_entropy as reference
 from exactune.kernels.reference.cross_entropy import PLAIN, HeadWeights, LossTerms
+from exactune.layout import chunk_rows
 
 
 def _is_top(logits: Tensor, labels: Tensor) -> Tensor:

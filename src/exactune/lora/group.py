@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from exactune.layout import roomy_width
 from exactune.lora import ops
 from exactune.lora.gradients import Grads, NormedInput, RankProduct
 from exactune.lora.live import Projection, read_projection
-from exactune.lora.stacked import Scratch, StackedWeight, roomy_width
+from exactune.lora.stacked import Scratch, StackedWeight
 
 if TYPE_CHECKING:
     from exactune.lora.parts import Norm

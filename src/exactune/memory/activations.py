@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from exactune.memory.job import Job, roomy
+from exactune.layout import roomy_width
+from exactune.memory.job import Job
 from exactune.memory.pieces import host_bytes
 from exactune.memory.policy import Policy
 from exactune.memory.shape import Shape
@@ -15,14 +16,14 @@ def kept_tensors(shape: Shape, job: Job, tokens: int) -> dict[str, int]:
     found = {
         "x": shape.hidden * wide,
         "rstd_in": 4 * tokens,
-        "qkv": roomy(shape.qkv_width, rank["qkv"]) * wide,
+        "qkv": roomy_width(shape.qkv_width, rank["qkv"]) * wide,
         "attended": shape.q_width * wide,
         "lse": 4 * shape.heads * tokens if job.gpu else 0,
         "p_qkv": rank["qkv"] * wide,
         "p_out": rank["out"] * wide,
         "s": shape.hidden * wide,
         "rstd_mlp": 4 * tokens,
-        "gate_up": roomy(2 * shape.inner, rank["gate_up"]) * wide,
+        "gate_up": roomy_width(2 * shape.inner, rank["gate_up"]) * wide,
         "p_gate_up": rank["gate_up"] * wide,
         "p_down": rank["down"] * wide,
     }

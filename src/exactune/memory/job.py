@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from exactune.errors import ConfigError
+from exactune.layout import padded, roomy_width
 from exactune.memory.shape import Shape
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj")
@@ -24,11 +25,6 @@ OPTIMIZERS: dict[str, tuple[float, float]] = {
     "paged_adamw_8bit": (0, 2 + 8 / 256),
     "sgd": (0, 0),
 }
-
-
-def roomy(width: int, room: int) -> int:
-    """Columns of a buffer with room behind `width` values: the rule of `exactune.lora.stacked`."""
-    return -(-(width + room) // 64) * 64
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ class Job:
         """The extended matrix of a group: weights with room for the adapters."""
         outputs, inputs = shape.groups[group]
         rank = self.rank(shape, group)
-        return (outputs + rank) * roomy(inputs, rank) * self.width
+        return (outputs + rank) * roomy_width(inputs, rank) * self.width
 
     def weights(self, shape: Shape) -> int:
         """The base model on the device."""
@@ -131,8 +127,3 @@ class Job:
         in_32 = shape.vocabulary * shape.hidden if embedding and "8bit" in self.optim and here > elsewhere else 0
         share = self.width / 4 if "torch" in self.optim else 1.0
         return math.ceil(here * (self.trained(shape) - own + (own - in_32) * share)) + 8 * in_32
-
-
-def padded(rank: int) -> int:
-    """The rule of `exactune.lora.stacked`."""
-    return -(-rank // 8) * 8

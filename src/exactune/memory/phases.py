@@ -10,24 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from exactune.layout import CHUNK_BYTES, chunk_rows, roomy_width
 from exactune.memory.activations import kept_tensors, on_device, travelling
-from exactune.memory.job import Job, roomy
+from exactune.memory.job import Job
 from exactune.memory.policy import WHOLE, Policy, Tiling
 from exactune.memory.shape import BY_AUTOGRAD, Shape
 
-CHUNK_BYTES, ROW_STEP = 1 << 29, 128  # of the head's logits: the rule of `exactune.kernels.head`
 FEW_ROWS = 2048  # up to so many the products that give a layer's adapter gradients wait for each other: `exactune.lora.gradients`
 LAUNCH_BOUND = 2e12  # operations a layer and step below which a pass is worth recording: the rule of `exactune.models.replay`
 # cuBLAS's workspaces, one for the thread of the forward and one for autograd's, and what is too small to be counted: as measured on an
 # H200, at the 8B shape and at a hundredth of it.
 LIBRARIES = 82 << 20
-
-
-def chunk_rows(rows: int, vocabulary: int, width: int, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """Rows whose logits are held at a time: the rule of `exactune.kernels.head`, for another number of bytes if need be."""
-    most = max(ROW_STEP, chunk_bytes // (vocabulary * width) // ROW_STEP * ROW_STEP)
-    chunks = max(1, -(-rows // most))
-    return -(-rows // chunks // ROW_STEP) * ROW_STEP if chunks > 1 else max(1, rows)
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,7 @@ class Step:
     def with_room(self, width: int, *groups: str, rows: int | None = None) -> int:
         """An activation with room for the ranks of `groups` behind it."""
         room = max(self.job.rank(self.shape, group) for group in groups)
-        return (self.n if rows is None else rows) * roomy(width, room) * self.job.width
+        return (self.n if rows is None else rows) * roomy_width(width, room) * self.job.width
 
     @property
     def _share_of_heads(self) -> float:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from exactune.kernels.head import Rows, ValidRows
 from exactune.kernels.linear_cross_entropy import linear_cross_entropy
 from exactune.kernels.token_logprobs import token_logprobs
+from exactune.layout import chunk_rows
 from exactune.lora.live import Unreadable
 from exactune.lora.spread import through
-from exactune.memory.phases import chunk_rows
 from exactune.memory.policy import Policy
 from exactune.models.compact import Compact, compact, draws
 from exactune.models.filling import filled_inputs, filled_size
@@ -64,7 +64,7 @@ class CausalForward:
         if kwargs.get("fused_lm_head") and self.before is not None:
             return self.before(*args, labels=labels, **kwargs)  # a request that stays TRL's
         request = PerToken() if token_log_probs is True else token_log_probs or None
-        self._take_over_checkpointing()
+        self.shared.take_over_checkpointing(self.decoder, self.layers)
         try:
             fused = self._fused_head(args, labels, kwargs, request)
             if fused is None:
@@ -93,14 +93,6 @@ class CausalForward:
     def _routes(self, kwargs: dict[str, Any]) -> bool:
         """Whether a mixture of experts is to give the loss that balances its router, which is the stock forward's to add."""
         return bool(kwargs.get("output_router_logits") or getattr(self.model.config.get_text_config(), "output_router_logits", False))
-
-    def _take_over_checkpointing(self) -> None:
-        """Let the fused layers recompute by themselves: transformers' wrapper around each stands aside."""
-        wished = bool(getattr(self.decoder, "gradient_checkpointing", False))
-        self.shared.recompute = wished
-        for layer in self.layers:
-            if getattr(layer, "gradient_checkpointing", False):
-                layer.gradient_checkpointing = False
 
     def _fused_head(self, args: tuple, labels: Tensor | None, kwargs: dict[str, Any], request: PerToken | None) -> FusedHead | None:
         """The fused head for this call, or None where it has to run stock."""
@@ -180,10 +172,8 @@ class CausalForward:
             return None
         if (mask is not None and mask.dim() != 2) or (self.model.training and draws(self.model)):
             return None
-        answers = self._same.answers(kwargs["input_ids"], mask, labels)
-        if "distinct" not in answers:
-            answers["distinct"] = compact(kwargs["input_ids"], mask, _shifted(labels))
-        found = answers["distinct"]
+        ids = kwargs["input_ids"]
+        found = self._same.once("distinct", (ids, mask, labels), lambda: compact(ids, mask, _shifted(labels)))
         # Padding before a row counts in the positions, which a rotation sees only the distances of; a table of positions need not.
         return None if found is not None and found.left_padded and self._looks_positions_up else found
 
@@ -272,15 +262,11 @@ class CausalForward:
             if cu_seqlens is not None:
                 return causal_mask(cu_seqlens.to(torch.int32), int(kwargs["max_length_q"]))
             return causal_mask() if positions is None else mask_of_positions(positions, labels)
-        if mask.dim() == 2 and positions is None and self._only_right_padding(mask, labels, kwargs):
-            return causal_mask()
+        if mask.dim() == 2 and positions is None:
+            batch = (kwargs.get("input_ids"), mask, labels)
+            if self._same.once("right", batch, lambda: only_right_padding(mask, labels)):  # waits for the GPU
+                return causal_mask()
         return mask
-
-    def _only_right_padding(self, mask: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> bool:
-        answers = self._same.answers(kwargs.get("input_ids"), mask, labels)
-        if "right" not in answers:
-            answers["right"] = only_right_padding(mask, labels)  # waits for the GPU
-        return answers["right"]
 
 
 def _shifted(labels: Tensor) -> Tensor:

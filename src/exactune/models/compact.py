@@ -60,8 +60,10 @@ def compact(ids: Tensor, mask: Tensor | None, labels: Tensor) -> Compact | None:
     if len(columns) > WORTH * ids.numel():
         return None
     starts, lengths = real.argmax(1), real.sum(1)  # attention reads the rows without what stands before them
-    within = np.arange(lengths.max()) < lengths[:, None]
-    source = np.where(within, np.take_along_axis(tokens, _moved(starts, within, columns_each), 1), tokens[0, starts[0]]).ravel()
+    steps = np.arange(lengths.max())
+    within = steps < lengths[:, None]
+    moved = (starts[:, None] + steps).clip(max=columns_each - 1)
+    source = np.where(within, np.take_along_axis(tokens, moved, 1), tokens[0, starts[0]]).ravel()
     home = own // columns_each * within.shape[1] + own % columns_each - starts[own // columns_each]
     owned = np.zeros((within.size, 1), np.float32)
     owned[home] = 1.0
@@ -80,11 +82,6 @@ def compact(ids: Tensor, mask: Tensor | None, labels: Tensor) -> Compact | None:
         targets=there(targets[places][None]),
         left_padded=bool(starts.any()),
     )
-
-
-def _moved(starts: NDArray, within: NDArray, columns: int) -> NDArray:
-    """The column that each place of a row [B, T] is in, the row begun where it starts."""
-    return (starts[:, None] + np.arange(within.shape[1])).clip(max=columns - 1)
 
 
 def _distinct(ids: NDArray, real: NDArray) -> tuple[NDArray, NDArray, NDArray]:

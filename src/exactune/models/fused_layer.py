@@ -44,6 +44,13 @@ class Shared:
             self._batches[key] = batch, cos  # held, or another tensor could come to have its id
         return self._batches[key][0]
 
+    def take_over_checkpointing(self, decoder: Any, layers: Sequence[Any]) -> None:
+        """Let the fused `layers` recompute by themselves, if the trainer wishes it: transformers' wrapper around each stands aside."""
+        self.recompute = bool(getattr(decoder, "gradient_checkpointing", False))
+        for layer in layers:
+            if getattr(layer, "gradient_checkpointing", False):
+                layer.gradient_checkpointing = False
+
     def ran_stock(self, why: object) -> None:
         """Count a call that the stock code answered, if it is learned from: generating and evaluating are the stock parts' own work."""
         if torch.is_grad_enabled():

@@ -54,12 +54,13 @@ def mask_of_positions(positions: Tensor, labels: Tensor) -> Tensor | None:
     return causal_mask(bounds, int(bounds.diff().max()))
 
 
-def only_right_padding(mask: Tensor, labels: Tensor) -> bool:
-    """True where padding comes after each row's tokens and is not trained on: no trained token can then see it through a causal mask."""
+def only_right_padding(mask: Tensor, labels: Tensor | None = None) -> bool:
+    """True where all padding of `mask` [B, T] comes after its row's tokens, which then never see it, and has no `labels` [B, T]."""
     mask = mask.bool()
-    falls = (mask[:, 1:] & ~mask[:, :-1]).any()
-    trained = (~mask & (labels != -100)).any()
-    return not bool(falls | trained)
+    wrong = (mask[:, 1:] & ~mask[:, :-1]).any()  # a token behind padding
+    if labels is not None:
+        wrong = wrong | (~mask & (labels != -100)).any()
+    return not bool(wrong)
 
 
 def in_stock(stock: Callable[..., Any], config: Any, window: int | None, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -7,9 +7,12 @@ the host wait for the policy's forward, and the GPU then for the host.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor
+
+Found = TypeVar("Found")
 
 
 class SameBatch:
@@ -19,14 +22,16 @@ class SameBatch:
         self._given: tuple = ()
         self._answers: dict[str, Any] = {}
 
-    def answers(self, *tensors: Tensor | None) -> dict[str, Any]:
-        """The answers so far for these tensors, to be added to; none where they are others than the last time."""
+    def once(self, name: str, tensors: Sequence[Tensor | None], find: Callable[[], Found]) -> Found:
+        """The answer `name`, which `find` reads from these tensors: as known from the last pass, if they are still the same."""
         if any(t is not None and t.is_inference() for t in tensors):
-            return {}  # they do not tell when they are changed
+            return find()  # they do not tell when they are changed
         if len(tensors) != len(self._given) or not all(_is(t, given) for t, given in zip(tensors, self._given)):
             self._given = tuple(None if t is None else (weakref.ref(t), t._version) for t in tensors)
             self._answers = {}
-        return self._answers
+        if name not in self._answers:
+            self._answers[name] = find()
+        return self._answers[name]
 
 
 def _is(tensor: Tensor | None, given: tuple[weakref.ref, int] | None) -> bool:

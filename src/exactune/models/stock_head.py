@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from exactune.models.fused_layer import Shared
-from exactune.models.rows import causal_mask
+from exactune.models.rows import causal_mask, only_right_padding
 
 
 class DecoderForward:
@@ -23,7 +23,7 @@ class DecoderForward:
         functools.update_wrapper(self, type(module).forward)  # callers look at the stock signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._take_over_checkpointing()
+        self.shared.take_over_checkpointing(self.module, self.layers)
         if self.all_fused and self._whole_rows(kwargs):
             kwargs |= {"attention_mask": causal_mask(), "use_cache": False}
         try:
@@ -38,17 +38,4 @@ class DecoderForward:
             caching = not self.module.training
         if caching or kwargs.get("past_key_values") is not None or kwargs.get("position_ids") is not None:
             return False
-        return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and only_behind(mask))
-
-    def _take_over_checkpointing(self) -> None:
-        """Let the fused layers recompute by themselves: transformers' wrapper around each stands aside."""
-        self.shared.recompute = bool(getattr(self.module, "gradient_checkpointing", False))
-        for layer in self.layers:
-            if getattr(layer, "gradient_checkpointing", False):
-                layer.gradient_checkpointing = False
-
-
-def only_behind(mask: Tensor) -> bool:
-    """Whether all padding of `mask` [B, T] comes after its row's tokens, which then never see it."""
-    seen = mask.bool()
-    return not bool((seen[:, 1:] & ~seen[:, :-1]).any())
+        return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and only_right_padding(mask))
