@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import tiny
 from exactune.cli import checks
+from exactune.cli.failures import as_exactune_error
 from exactune.cli.main import app
 from exactune.errors import ConfigError, DataError
 
@@ -144,3 +145,19 @@ def test_what_each_kind_of_failure_says(monkeypatch, error, code, words):
         assert word in result.stderr
     if not isinstance(error, KeyboardInterrupt):
         assert run("doctor", "--debug").exception is error
+
+
+def test_packed_rows_that_a_recurrence_cannot_keep_apart_are_the_users_to_mend():
+    from importlib.util import find_spec
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if find_spec("mamba_ssm") is not None:
+        pytest.skip("mamba-ssm is installed and keeps them apart")
+    recurrent = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "attn_layer_indices": []}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bamba", vocab_size=32, **sizes, **recurrent))
+    with pytest.raises(ValueError) as raised:
+        model(torch.arange(8)[None], seq_idx=torch.zeros(1, 8, dtype=torch.int32), use_cache=False)
+    known = as_exactune_error(raised.value)
+    assert isinstance(known, ConfigError) and "mamba" in known.problem and "without packing" in known.mend

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from exactune.errors import ExactuneError, OutputError
+from exactune.errors import ConfigError, ExactuneError, OutputError
 
 DEBUG = "--debug"
 
@@ -51,6 +51,9 @@ def as_exactune_error(error: Exception) -> ExactuneError | None:
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"The disk is full{f' ({error.filename})' if error.filename else ''}.", "Free some space and run it again.")
+    if isinstance(error, ValueError) and "keep packed sequences apart" in str(error):  # transformers, in a recurrent layer's first pass
+        mend = "Install what it names, or train without packing."
+        return ConfigError(f"The model's recurrent layers cannot take packed rows here: {error}", mend)
     # Asked of sys.modules: an error of torch cannot come from a command that never loaded it.
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
