@@ -16,7 +16,8 @@ from torch import Tensor
 from exactune.kernels.attention_backends import Call, cudnn_backward, cudnn_forward, flash_backward, flash_forward
 from exactune.kernels.flash_attention import flash_attention_forward
 from exactune.kernels.flash_attention_backward import flash_attention_backward
-from exactune.models.accelerate import accelerate
+from exactune.models.accelerate import accelerate, undo
+from steps import busy_ms
 from timing import milliseconds
 
 SHAPE = {  # DeepSeek-V2-Lite's attention; the MLPs are kept small
@@ -37,8 +38,8 @@ def build() -> Any:
     return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear")).train()
 
 
-def step_ms(model: Any, batch: dict[str, Tensor]) -> tuple[float, float]:
-    """(milliseconds, peak GiB) of one forward and backward pass."""
+def measured(model: Any, batch: dict[str, Tensor]) -> str:
+    """Milliseconds of one forward and backward pass, those of them that the GPU works, and the peak in GiB."""
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -48,7 +49,11 @@ def step_ms(model: Any, batch: dict[str, Tensor]) -> tuple[float, float]:
     for _ in range(4):
         step()
     torch.cuda.reset_peak_memory_stats()
-    return milliseconds(step), torch.cuda.max_memory_allocated() / 2**30
+    ms, peak = milliseconds(step), torch.cuda.max_memory_allocated() / 2**30
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return f"{ms:.2f} ms, GPU busy {busy_ms(profile):.2f} ms, peak {peak:.2f} GiB"
 
 
 def backends(rows: int, tokens: int) -> None:
@@ -84,9 +89,12 @@ def main() -> None:
     backends(asked.rows, asked.tokens)
     ids = torch.randint(0, 1000, (asked.rows, asked.tokens), device="cuda")
     batch, model = {"input_ids": ids, "labels": ids}, build()
-    print("stock: {:.2f} ms, peak {:.2f} GiB".format(*step_ms(model, batch)), flush=True)
+    print("stock:", measured(model, batch), flush=True)
     report = accelerate(model, cuda_graphs=False)
-    print("fused: {:.2f} ms, peak {:.2f} GiB".format(*step_ms(model, batch)), report.summary(), flush=True)
+    print("fused, launch by launch:", measured(model, batch), report.summary(), flush=True)
+    undo(model)
+    accelerate(model)
+    print("fused, recorded as a CUDA graph (the default):", measured(model, batch), flush=True)
 
 
 if __name__ == "__main__":
