@@ -26,6 +26,7 @@ from exactune.lora.gradients import FEW_ROWS, Grads, NormedInput
 from exactune.lora.group import Roomy, filled_once
 from exactune.lora.kept import AFTER_ATTENTION, DROPPED, TENSORS, Kept
 from exactune.lora.parts import Batch, Layer, Norm
+from exactune.lora.slots import fill_together
 from exactune.memory.offload import HostStore, Luggage
 from exactune.memory.policy import LEANEST, Policy
 
@@ -36,6 +37,7 @@ def forward(layer: Layer, batch: Batch, x: Tensor, policy: Policy) -> tuple[Tens
     # First, while the memory of the last layer's temporaries is one piece: what stays takes its beginning. Among this layer's
     # temporaries it would leave holes too small for the next layer's, half an activation a layer.
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    fill_together(layer.groups())
     _attention_inputs(layer, batch, kept)
     _attend(layer, batch, kept, policy)
     with filled_once(layer.attention.out, layer.mlp.gate_up, layer.mlp.down):

@@ -145,9 +145,14 @@ class Group:
         """The adapters' tensors and the trained ones of the base."""
         return [t for p in self.projections for t in ((p.adapter.a, p.adapter.b) if p.adapter else ()) + tuple(p.trained_base)]
 
+    @property
+    def owner(self) -> object:
+        """Whose adapters have to be in the slots: this twin's, or those of the pass that it belongs to."""
+        return self._pass or self
+
     def filled(self) -> Tensor:
         """The extended matrix [O+R, I+R] with the current weights and adapters in it."""
-        return self.stack.filled(self.projections, self._pass or self) if self._held is None else self._held
+        return self.stack.filled(self.projections, self.owner) if self._held is None else self._held
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         biases = [p.base.bias for p in self.projections]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -83,6 +83,7 @@ class StackedWeight:
         self.quantised = projections[0].quantised
         self._filled_by: Callable[[], object | None] = lambda: None
         self.pass_at_hand: object | None = None  # which has filled the slots of all groups at once, see `slots`
+        self.together: tuple[Hashable, Callable[[], None]] | None = None  # fills these slots with a layer's others, see `slots`
         self.roomy: StackedWeight | None = None  # of a `bare` one: the one it was made from
         self._home = None if self.quantised else self._move_in(projections)
 
@@ -148,6 +149,12 @@ class StackedWeight:
     def has_slots(self) -> bool:
         """True where adapters stand beside the weights for good."""
         return self._home is not None and self.rank > 0
+
+    @property
+    def address(self) -> int:
+        """Where the slots are."""
+        assert self._home is not None
+        return self._home.data_ptr()
 
     def slots(self, projections: Sequence[Projection]) -> list[tuple[Tensor, Tensor, float]]:
         """(factor, its place, what it is multiplied by) of each adapter."""
