@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from exactune.kernels import rank_products as kernel
 from exactune.kernels.rank_products import MOST, Product, rank_products
 from parity import assert_parity, in_wide, nan_columns, only_columns_written
 
@@ -25,8 +26,15 @@ def fast(p, x, scale=1.0, rstd=None, weight=None, offset=0.0):
     return out
 
 
+@pytest.fixture(params=["hopper", "others"])
+def blocks(request, monkeypatch):
+    """The blocks of each kind of GPU, whichever this is."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(kernel, "on_hopper", lambda tensor: request.param == "hopper")
+
+
 @pytest.mark.parametrize("N, K, R", [(1, 16, 16), (63, 70, 8), (200, 33, 100), (130, 64, 48), (17, 300, 1)])
-def test_one_product(device, dtype, N, K, R):
+def test_one_product(blocks, device, dtype, N, K, R):
     inputs = {"p": normal(N, R), "x": normal(N, K, seed=1)}
     assert_parity(lambda p, x: fast(p, x, 0.5), lambda p, x: plain(p, x, 0.5).float(), inputs, dtype=dtype, device=device)
 
@@ -42,10 +50,10 @@ def test_an_input_that_is_a_norm(device, dtype, offset):
 
 
 @pytest.mark.parametrize("count", [3, MOST, MOST + 2])
-def test_many_of_different_sizes_scales_and_places(device, dtype, count):
+def test_many_of_different_sizes_scales_and_places(blocks, device, dtype, count):
     N, products, expected = 70, [], []
     for i in range(count):
-        R, K = (16, 5, 80)[i % 3], (40, 130, 7, 64)[i % 4]
+        R, K = (16, 5, 80, 24, 40)[i % 5], (40, 130, 7, 64)[i % 4]
         p, x = (in_wide(normal(N, width, seed=2 * i + j).to(device, dtype)) for j, width in enumerate((R, K)))
         normed = {"rstd": normal(N, seed=i).abs().to(device), "weight": normal(K, seed=i).to(device, dtype), "offset": 1.0}
         normed = normed if i % 2 else {}
@@ -69,22 +77,34 @@ def test_no_products(device):
     rank_products([])
 
 
+def layer_of(N, E, kv, r, device="cuda", dtype=torch.bfloat16):
+    """The products of a layer as Llama has them: q, k and v, the output, gate and up, down."""
+    products, plainly = [], []
+    sizes = [(r, E, 0), (2 * r, E, 1), (r, E, 0), (r, E, 0), (3 * r, E, 1), (r, E, 0), (r, kv, 0), (r, kv, 0)]
+    for i, (R, K, normed) in enumerate(sizes):
+        p, x = normal(N, R, seed=i).to(device, dtype), normal(N, K, seed=i + 50).to(device, dtype)
+        given = {"rstd": normal(N, seed=i).abs().to(device), "weight": normal(K, seed=i).to(device, dtype)} if normed else {}
+        products.append(Product(p, x, torch.empty(R, K, device=device), **given))
+        plainly.append((p, x, given))
+    return products, plainly
+
+
+def exactly(p, x, rstd=None, weight=None):
+    p = p if rstd is None else (p * rstd[:, None]).to(p.dtype)
+    whole = p.double().T @ x.double()
+    return whole if weight is None else whole * weight.double()
+
+
 @pytest.mark.gpu
-def test_a_layer_of_a_1b_model():
-    """Eight products as a layer of Llama 3.2 1B has them, against float64, no further off than cuBLAS."""
-    N, E, dtype = 512, 2048, torch.bfloat16
-    products, exact, cublas = [], [], []
-    for i, (R, K, normed) in enumerate(
-        [(16, E, 0), (32, E, 1), (16, E, 0), (16, E, 0), (48, E, 1), (16, E, 0), (16, 512, 0), (16, 512, 0)]
-    ):
-        p, x = normal(N, R, seed=i).to("cuda", dtype), normal(N, K, seed=i + 50).to("cuda", dtype)
-        given = {"rstd": normal(N, seed=i).abs().cuda(), "weight": normal(K, seed=i).to("cuda", dtype)} if normed else {}
-        products.append(Product(p, x, torch.empty(R, K, device="cuda"), **given))
-        exact.append(plain(p, x, **given).double() if normed else p.double().T @ x.double())
-        cublas.append(plain(p, x, **given))
+@pytest.mark.parametrize("N, E, kv, r", [(512, 2048, 512, 16), (8192, 4096, 1024, 16), (3000, 1024, 256, 32)])
+def test_a_layer_of_a_model(N, E, kv, r):
+    """Against float64, no further off than cuBLAS; the same bits twice, and whatever else is in the launch."""
+    products, plainly = layer_of(N, E, kv, r)
     rank_products(products)
     once = [product.out.clone() for product in products]
-    rank_products(products)
-    for product, before, want, stock in zip(products, once, exact, cublas, strict=True):
+    rank_products(products[4:])
+    rank_products(products[:4])
+    for product, before, (p, x, given) in zip(products, once, plainly, strict=True):
+        want, stock = exactly(p, x, **given), plain(p, x, **given)
         assert torch.equal(product.out, before)
         assert (product.out - want).norm() <= 1.5 * (stock - want).norm() + 1e-5 * want.norm()

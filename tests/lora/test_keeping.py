@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from exactune.lora import decoder_layer, ops
 from exactune.memory.offload import HostStore
 from exactune.memory.policy import Policy, Tiling, policies
 from exactune.models.accelerate import accelerate
@@ -41,6 +42,23 @@ def test_every_policy_gives_the_same_bits(family):
     model = with_lora(tiny_model(family, torch.float32))
     layers, _ = fused(model)
     kept = loss_and_grads(model, **random_batch())
+    for name in NAMES:
+        under(layers, policies()[name])
+        assert_same_bits(loss_and_grads(model, **random_batch()), kept)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_5_text"])  # nothing is made for one product alone; norms; an output gate
+def test_every_policy_gives_the_same_bits_where_the_products_of_many_rows_wait(family, monkeypatch):
+    monkeypatch.setattr(decoder_layer, "FEW_ROWS", 0)
+    model = with_lora(tiny_model(family, torch.float32))
+    layers, _ = fused(model)
+    one_by_one = loss_and_grads(model, **random_batch())
+    settled = []
+    monkeypatch.setattr(ops, "one_launch_pays", lambda x, rank: True)
+    monkeypatch.setattr(ops, "rank_products", lambda products, plain=ops.rank_products: settled.append(len(products)) or plain(products))
+    kept = loss_and_grads(model, **random_batch())
+    assert distance(kept[1], one_by_one[1]) < CLOSE
+    assert settled == len(layers) * ([8] if family == "llama" else [4, 4])
     for name in NAMES:
         under(layers, policies()[name])
         assert_same_bits(loss_and_grads(model, **random_batch()), kept)

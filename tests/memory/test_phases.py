@@ -6,7 +6,7 @@ from memory_layers import batch_of, fused_layers, run
 from memory_peak import Peak, kernels_that_only_allocate
 from memory_segment import Segment
 
-from exactune.lora import decoder_layer, gradients
+from exactune.lora import decoder_layer, gradients, ops
 from exactune.memory import phases
 from exactune.memory.job import Job
 from exactune.memory.offload import HostStore
@@ -18,7 +18,13 @@ from exactune.memory.shape import Shape
 WIDE = {"hidden_size": 128, "intermediate_size": 448, "num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 3}
 TOKENS = 1024
 TILES = Tiling(tokens=256, kv_heads=1)
-WAYS = [(Tiling(), True, True), (Tiling(), True, False), (TILES, True, False), (TILES, False, False)]
+WAYS = {
+    "few rows": (Tiling(), True, True, True),
+    "many rows": (Tiling(), True, False, False),
+    "many rows, their products in one launch": (Tiling(), True, False, True),
+    "tiles": (TILES, True, False, True),
+    "tiles, waiting": (TILES, False, False, True),
+}
 
 
 class Loss(torch.autograd.Function):
@@ -57,8 +63,9 @@ def test_few_rows_are_as_many_here_as_in_the_layer():
     assert phases.FEW_ROWS == gradients.FEW_ROWS
 
 
-@pytest.mark.parametrize(("tiling", "ahead", "few"), WAYS, ids=["few rows", "many rows", "tiles", "tiles, waiting"])
-def test_peak_of_every_policy(monkeypatch, model_and_layers, tiling, ahead, few):
+@pytest.mark.parametrize(("tiling", "ahead", "few", "together"), WAYS.values(), ids=WAYS)
+def test_peak_of_every_policy(monkeypatch, model_and_layers, tiling, ahead, few, together):
+    monkeypatch.setattr(ops, "one_launch_pays", lambda x, rank: together)
     if not few:
         monkeypatch.setattr(phases, "FEW_ROWS", 0)
         monkeypatch.setattr(decoder_layer, "FEW_ROWS", 0)

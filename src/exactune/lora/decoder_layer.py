@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from exactune.lora import attention_part, mlp_part, ops
-from exactune.lora.gradients import FEW_ROWS, Grads, NormedInput
+from exactune.lora.gradients import FEW_ROWS, MANY_ROWS, Grads, NormedInput
 from exactune.lora.group import Roomy, filled_once
 from exactune.lora.kept import AFTER_ATTENTION, DROPPED, TENSORS, Kept
 from exactune.lora.parts import Batch, Layer, Norm
@@ -124,9 +124,22 @@ def _with_room(layer: Layer, batch: Batch, dy: Tensor) -> Roomy:
     return room
 
 
+def _one_launch_pays(layer: Layer, batch: Batch, dy: Tensor) -> bool:
+    """Whether one launch for many rows' products is faster. A question of shapes alone: every policy gives the same bits."""
+    return batch.n <= MANY_ROWS and ops.one_launch_pays(dy, max(group.rank for group in layer.groups()))
+
+
+def _alive_to_the_end(layer: Layer, policy: Policy) -> bool:
+    """Whether all that the products before attention's backward read is there after it, too."""
+    made_for_them = layer.post_attention_norm, layer.post_mlp_norm, layer.attention.gate
+    return "s" not in policy.dropped and all(part is None for part in made_for_them)
+
+
 def backward(layer: Layer, batch: Batch, kept: Kept, policy: Policy, dy: Tensor, *, need_dx: bool) -> tuple[Tensor | None, Grads]:
     """(dx [N, E], the gradient of each trained parameter) from dy [N, E]."""
-    grads = Grads(together=not batch.tiled and batch.n <= FEW_ROWS)  # tiles overwrite what a product reads
+    few = batch.n <= FEW_ROWS
+    together = not batch.tiled and (few or _one_launch_pays(layer, batch, dy))  # tiles overwrite what a product reads
+    grads = Grads(together=together, holding=few)
     if kept.qkv is DROPPED:
         _attention_inputs(layer, batch, kept)
     if kept.attended is DROPPED:
@@ -136,6 +149,8 @@ def backward(layer: Layer, batch: Batch, kept: Kept, policy: Policy, dy: Tensor,
     ds = dym if batch.tiled else Roomy.shaped_as(kept.x, _room(layer))
     with filled_once(layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
         da = _after_attention_backward(layer, batch, kept, policy, dym, ds, grads)
+        if not few and not _alive_to_the_end(layer, policy):
+            grads.settle()  # attention's backward has need of the memory
         dpacked = attention_part.inner_backward(layer.attention, batch, kept, da, grads, in_place=policy.frees("qkv"))
     need_dx = need_dx or layer.input_norm.weight.requires_grad
     # The layer below will want room behind dx: hand on the buffer itself, alive until that layer has looked at it.

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SMALL = 1 << 20  # bytes below which torch's allocator on a GPU has memory of its own
 FEW_ROWS = 2048  # up to here a product takes less time than the launches around it; what waits for its turn is small
+MANY_ROWS = 16384  # up to here one launch reads what products of few ranks read faster than a GEMM each; what waits holds no memory
 
 
 @dataclass
@@ -44,12 +45,13 @@ class RankProduct:
 class Grads(dict[Tensor, Tensor]):
     """Parameter -> its gradient so far, in its own dtype or a wider one.
 
-    `together`: products wait until `settle`, and what they read may not be overwritten before.
+    `together`: products wait until `settle`, and what they read may not be overwritten before. `holding`: nor is it freed.
     """
 
-    def __init__(self, *, together: bool = False):
+    def __init__(self, *, together: bool = False, holding: bool = True):
         super().__init__()
         self.together = together
+        self._holding = holding
         self._waiting: list[tuple[RankProduct, Sequence[Tensor]]] = []
 
     def add(self, parameter: Tensor, grad: Tensor) -> None:
@@ -62,6 +64,10 @@ class Grads(dict[Tensor, Tensor]):
         self._waiting.append((product, parameters))
         if not self.together:
             self.settle()
+
+    def as_it_waits(self, p: Tensor) -> Tensor:
+        """P' [N, R] for a product: a copy if it would else hold the wide buffer that it stands in."""
+        return p.clone() if self.together and not self._holding else p
 
     def of(self, parameters: Sequence[Tensor], *, in_one_piece: bool = False) -> list[Tensor | None]:
         """The gradient of each parameter in its own dtype; None where there is none. `in_one_piece`: small ones as views of one tensor."""

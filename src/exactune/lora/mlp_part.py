@@ -73,7 +73,7 @@ def backward(mlp: Mlp, sn: Tensor | NormedInput, kept: Kept, dm: Roomy, grads: G
     by_gate_factor(mlp, dgu.data)
     del dh  # [N, F], before another product is formed
     dsn = mlp.gate_up.backward_input(dgu)
-    mlp.gate_up.record(grads, dgu.data, kept.p_gate_up, dgu.room, sn, db=db)
+    mlp.gate_up.record(grads, dgu.data, kept.p_gate_up, grads.as_it_waits(dgu.room), sn, db=db)
     return dsn
 
 
