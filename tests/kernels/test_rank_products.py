@@ -49,12 +49,13 @@ def test_an_input_that_is_a_norm(device, dtype, offset):
     assert_parity(with_offset(fast), with_offset(plain), inputs, dtype=dtype, device=device, keep={"rstd": torch.float32})
 
 
+@pytest.mark.parametrize("ranks", [(16, 5, 80, 24, 40), (16, 8, 24, 40, 64)], ids=str)  # the second all of eights
 @pytest.mark.parametrize("count", [3, MOST, MOST + 2])
-def test_many_of_different_sizes_scales_and_places(blocks, device, dtype, count):
+def test_many_of_different_sizes_scales_and_places(blocks, device, dtype, count, ranks):
     N, products, expected = 70, [], []
     for i in range(count):
-        R, K = (16, 5, 80, 24, 40)[i % 5], (40, 130, 7, 64)[i % 4]
-        p, x = (in_wide(normal(N, width, seed=2 * i + j).to(device, dtype)) for j, width in enumerate((R, K)))
+        R, K = ranks[i % 5], (40, 130, 7, 64)[i % 4]
+        p, x = (in_wide(normal(N, width, seed=2 * i + j).to(device, dtype), 8, 8 + width % 8) for j, width in enumerate((R, K)))
         normed = {"rstd": normal(N, seed=i).abs().to(device), "weight": normal(K, seed=i).to(device, dtype), "offset": 1.0}
         normed = normed if i % 2 else {}
         out = nan_columns(K, R, dtype=torch.float32, device=device).t() if i % 3 else nan_columns(R, K, dtype=torch.float32, device=device)
@@ -75,6 +76,24 @@ def test_a_narrow_result_is_rounded_once(device):
 
 def test_no_products(device):
     rank_products([])
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups", "pays"),
+    [
+        (8192, [[16, 16, 16], [16], [16, 16], [16]], True),
+        (8192, [[8, 0, 8], [0], [0, 0], [8]], True),  # a projection without an adapter
+        (8192, [[32, 32, 32], [32]], True),
+        (8192, [[64, 64, 64], [64]], False),  # ranks that cuBLAS is better at
+        (8192, [[12, 12, 12], [12]], False),  # rows of P that begin between 16 bytes
+        (8193, [[16, 16, 16], [16]], False),  # too long for the width
+    ],
+)
+def test_when_it_pays_for_many_rows(monkeypatch, rows, groups, pays):
+    x = torch.empty(1, 2048).expand(rows, 2048)
+    assert not kernel.pays_for_many_rows(x, groups)  # measured on Hopper alone
+    monkeypatch.setattr(kernel, "on_hopper", lambda tensor: True)
+    assert kernel.pays_for_many_rows(x, groups) == pays
 
 
 def layer_of(N, E, kv, r, device="cuda", dtype=torch.bfloat16):

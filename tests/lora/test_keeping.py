@@ -54,7 +54,7 @@ def test_every_policy_gives_the_same_bits_where_the_products_of_many_rows_wait(f
     layers, _ = fused(model)
     one_by_one = loss_and_grads(model, **random_batch())
     settled = []
-    monkeypatch.setattr(ops, "one_launch_pays", lambda x, rank: True)
+    monkeypatch.setattr(ops, "one_launch_pays", lambda x, groups: True)
     monkeypatch.setattr(ops, "rank_products", lambda products, plain=ops.rank_products: settled.append(len(products)) or plain(products))
     kept = loss_and_grads(model, **random_batch())
     assert distance(kept[1], one_by_one[1]) < CLOSE

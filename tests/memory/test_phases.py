@@ -65,7 +65,7 @@ def test_few_rows_are_as_many_here_as_in_the_layer():
 
 @pytest.mark.parametrize(("tiling", "ahead", "few", "together"), WAYS.values(), ids=WAYS)
 def test_peak_of_every_policy(monkeypatch, model_and_layers, tiling, ahead, few, together):
-    monkeypatch.setattr(ops, "one_launch_pays", lambda x, rank: together)
+    monkeypatch.setattr(ops, "one_launch_pays", lambda x, groups: together)
     if not few:
         monkeypatch.setattr(phases, "FEW_ROWS", 0)
         monkeypatch.setattr(decoder_layer, "FEW_ROWS", 0)

@@ -27,17 +27,33 @@ from exactune.kernels.launch import Aot, next_power_of_2, on_device, signature_o
 MOST = 8  # products a launch
 BLOCK_N = 64
 MAX_BLOCK_R = 64
+MANY_RANKS = 96  # of a group, for many rows: at rank 64, which makes 192, cuBLAS takes 237 us and this 299
 STAGES = 3
 
 
 def on_hopper(tensor: Tensor) -> bool:
-    """Whether the tensor is on a GPU for which `rank_products` is also the faster way to read many rows."""
+    """Whether the tensor cores of the tensor's GPU read both operands from shared memory: the blocks are others then."""
     return tensor.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(tensor.device)[0] == 9
 
 
+def pays_for_many_rows(x: Tensor, groups: Sequence[Sequence[int]]) -> bool:
+    """Whether `rank_products` of 16-bit rows like x [N, E] is faster than a GEMM a product, for groups of these ranks; measured on an H200.
+
+    A program takes its time for every row, and narrow models have too few programs for as many rows as wide ones.
+    """
+    N, E = x.shape
+    aligned = all(rank % 8 == 0 for ranks in groups for rank in ranks)
+    return on_hopper(x) and aligned and max(map(sum, groups)) <= MANY_RANKS and N <= 4 * E
+
+
 def _block_k(hopper: bool) -> int:
-    """Columns a program. Hopper's tensor cores read both operands from shared memory; elsewhere x passes through registers."""
     return 128 if hopper else 64
+
+
+def _block_r(products: Sequence[Product], hopper: bool) -> int:
+    """Ranks a program at most. On Hopper 48 take 120 us as two blocks, and 141 as one; 96 take 153 as two and 166 as three."""
+    widest = max(16, next_power_of_2(max(p.p.shape[1] for p in products)))
+    return min(widest, 32 if hopper and widest <= MAX_BLOCK_R else MAX_BLOCK_R)
 
 
 @dataclass(frozen=True)
@@ -84,12 +100,12 @@ def _product(
 @triton.jit
 def _rank_products_kernel(
     ps, xs, outs, rstds, weights, normed, scales, offsets, p_strides, x_strides, out_rows, out_columns, ranks, widths, firsts, N,
-    COUNT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, OWN_R: tl.constexpr,
+    COUNT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, OWN_R: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
     """Every argument but N is a tuple with an entry a product; `firsts` are the products' first programs.
 
-    OWN_R: each product with as few ranks as it needs. Padded to those of the widest, a layer's took 209 us instead of 144 (H200, 8,192
-    rows); where x passes through registers the kernel would have too few of them.
+    OWN_R: each product with as few ranks as it needs. Padded to those of the widest, a layer's took 129 us instead of 120 (H200, 8,192
+    rows, at most 32); where x passes through registers the kernel would have too few of them.
     """
     pid = tl.program_id(0)
     p_ptr, x_ptr, out_ptr, rstd_ptr, weight_ptr = ps[0], xs[0], outs[0], rstds[0], weights[0]
@@ -100,6 +116,8 @@ def _rank_products_kernel(
             p_ptr, x_ptr, out_ptr, rstd_ptr, weight_ptr = ps[i], xs[i], outs[i], rstds[i], weights[i]
             norm, scale, offset, p_stride, x_stride = normed[i], scales[i], offsets[i], p_strides[i], x_strides[i]
             out_row, out_column, R, K, first = out_rows[i], out_columns[i], ranks[i], widths[i], firsts[i]
+    if EIGHTS:  # so that the compiler knows, and reads rows of P 16 bytes at a time
+        R, p_stride = R // 8 * 8, p_stride // 8 * 8
     blocks_r = tl.cdiv(R, BLOCK_R)
     r = (pid - first) % blocks_r * BLOCK_R
     k = (pid - first) // blocks_r * BLOCK_K
@@ -119,14 +137,14 @@ def rank_products(products: Sequence[Product]) -> None:
 
 
 def _launch(products: Sequence[Product]) -> None:
-    block_r = min(MAX_BLOCK_R, max(16, next_power_of_2(max(p.p.shape[1] for p in products))))
     one = products[0]
     hopper = on_hopper(one.x) and one.x.element_size() == 2
-    block_k = _block_k(hopper)
+    block_k, block_r = _block_k(hopper), _block_r(products, hopper)
     firsts = [0]
     for product in products:
         rank, width = product.out.shape
         firsts.append(firsts[-1] + triton.cdiv(rank, block_r) * triton.cdiv(width, block_k))
+    eights = all(p.p.stride(0) % 8 == 0 and p.p.shape[1] % 8 == 0 for p in products)
     # What a product without a norm has no use for is never read, but has to be of the type that the others have there.
     weight = next((p.weight for p in products if p.weight is not None), one.x)
     rstd = next((p.rstd for p in products if p.rstd is not None), torch.empty(0, dtype=torch.float32, device=one.x.device))
@@ -148,7 +166,7 @@ def _launch(products: Sequence[Product]) -> None:
             tuple(p.out.shape[1] for p in products),
             tuple(firsts),
             one.x.shape[0],
-            COUNT=len(products), BLOCK_N=BLOCK_N, BLOCK_R=block_r, BLOCK_K=block_k, OWN_R=hopper,
+            COUNT=len(products), BLOCK_N=BLOCK_N, BLOCK_R=block_r, BLOCK_K=block_k, OWN_R=hopper, EIGHTS=eights,
             num_warps=4, num_stages=stages_for(STAGES),
         )  # fmt: skip
 
@@ -159,7 +177,7 @@ def _aot(count: int, block_r: int, dtype: str = "bf16", *, hopper: bool = False)
     )
     one |= {"outs": "*fp32", "rstds": "*fp32"}
     signature = {name: (kind,) * count for name, kind in one.items()} | {"N": "i32"}
-    shape = {"COUNT": count, "BLOCK_N": BLOCK_N, "BLOCK_R": block_r, "BLOCK_K": _block_k(hopper), "OWN_R": hopper}
+    shape = {"COUNT": count, "BLOCK_N": BLOCK_N, "BLOCK_R": block_r, "BLOCK_K": _block_k(hopper), "OWN_R": hopper, "EIGHTS": True}
     name = f"rank_products x{count} r={block_r}{' hopper' if hopper else ''}"
     targets = (90,) if hopper else (80, 86, 89, 100, 120, "gfx942")
     return Aot(name, _rank_products_kernel, signature, shape, 4, STAGES, allowed_spill=0, targets=targets)

@@ -126,7 +126,7 @@ def _with_room(layer: Layer, batch: Batch, dy: Tensor) -> Roomy:
 
 def _one_launch_pays(layer: Layer, batch: Batch, dy: Tensor) -> bool:
     """Whether one launch for many rows' products is faster. A question of shapes alone: every policy gives the same bits."""
-    return batch.n <= MANY_ROWS and ops.one_launch_pays(dy, max(group.rank for group in layer.groups()))
+    return batch.n <= MANY_ROWS and ops.one_launch_pays(dy, [group.stack.ranks for group in layer.groups()])
 
 
 def _alive_to_the_end(layer: Layer, policy: Policy) -> bool:

@@ -60,11 +60,10 @@ def rank_products(products: Sequence[RankProduct]) -> list[Tensor]:
     return [_rank_product(product) for product in products]
 
 
-def one_launch_pays(x: Tensor, rank: int) -> bool:
-    """Whether `rank_products` of many rows like x [N, E], of at most `rank` ranks, is faster than a GEMM each: measured on Hopper alone."""
-    if x.dtype not in (torch.bfloat16, torch.float16) or not kernels_run_on(x.device):
-        return False
-    return rank_products_kernel.on_hopper(x) and rank <= rank_products_kernel.MAX_BLOCK_R
+def one_launch_pays(x: Tensor, groups: Sequence[Sequence[int]]) -> bool:
+    """Whether `rank_products` of many rows like x [N, E], with groups of adapters of these ranks, is faster than a GEMM a product."""
+    sixteen = x.dtype in (torch.bfloat16, torch.float16)
+    return sixteen and kernels_run_on(x.device) and rank_products_kernel.pays_for_many_rows(x, groups)
 
 
 def _rank_product(product: RankProduct) -> Tensor:
