@@ -57,11 +57,26 @@ def test_where_triton_has_no_tensor_cores(device, ranks, monkeypatch):
     check(problem(35, 48, ranks), dtype=torch.float32, device=device)
 
 
-def test_dh_that_is_whole_already(device, dtype):
-    """Without `a_down`, `p_down` still gives dA_down, and dh is taken as it is."""
-    inputs = problem(70, 48)
-    del inputs["a_down"]
-    check(inputs, dtype=dtype, device=device)
+def whole(N, F, ranks=(16, 16, 16)):
+    """A problem whose dh is whole already: without `a_down`, `p_down` still gives dA_down."""
+    return {name: value for name, value in problem(N, F, ranks).items() if name != "a_down"}
+
+
+@pytest.fixture(params=[False, True], ids=["several warps", "one warp"])
+def narrow(request, monkeypatch):
+    """Either kernel, whatever its sizes and its GPU."""
+    monkeypatch.setattr("exactune.kernels.gated_lora_narrow.takes", lambda gate, rank, kind: request.param)
+
+
+@pytest.mark.parametrize("ranks", [(16, 16, 16), (5, 1, 9)])
+@pytest.mark.parametrize("N, F", [(70, 48), (1, 33), (300, 70)])
+def test_dh_that_is_whole_already(device, dtype, narrow, N, F, ranks):
+    check(whole(N, F, ranks), dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("kind", ["geglu_tanh", "geglu_erf", "clamped_swiglu"])
+def test_each_activation_where_dh_is_whole(device, narrow, kind):
+    check(whole(40, 70), kind, dtype=torch.float16, device=device)
 
 
 def test_a_rank_beyond_the_limit_is_refused(device):
@@ -70,7 +85,8 @@ def test_a_rank_beyond_the_limit_is_refused(device):
         gated_lora_backward(kind="swiglu", **tensors)
 
 
-def test_in_place_inside_wider_buffers_and_in_the_same_bits(device):
+@pytest.mark.parametrize("problem", [problem, whole])
+def test_in_place_inside_wider_buffers_and_in_the_same_bits(device, narrow, problem):
     tensors = {name: in_wide(value.to(device)) for name, value in problem(45, 50).items()}
     expected = gated_lora_backward(kind="swiglu", **tensors)
     again = gated_lora_backward(kind="swiglu", **tensors, dgate_out=tensors["gate"], dup_out=tensors["up"])
@@ -98,6 +114,31 @@ def test_master_adapters_in_float32_are_rounded_to_the_compute_dtype(device):
 @pytest.mark.parametrize("N, F, rank", [(8192, 14336, 16), (8192, 14336, 64), (2048, 14336, 256), (4096, 8192, 32), (1000, 18944, 8)])
 def test_real_shapes(device, N, F, rank):
     check(problem(N, F, (rank,) * 3), dtype=torch.bfloat16, device=device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["swiglu", "geglu_tanh", "clamped_swiglu"])
+@pytest.mark.parametrize("N, F, rank", [(8192, 14336, 16), (2048, 18944, 8), (3001, 8208, 4)])
+def test_real_shapes_where_dh_is_whole(device, narrow, N, F, rank, kind):
+    """In place, too, where loads are under way far ahead of the stores: the same bits."""
+    tensors = {name: in_wide(value.to(device, torch.bfloat16), 16, 48) for name, value in whole(N, F, (rank,) * 3).items()}
+    expected = gated_lora_backward(kind=kind, **tensors)
+    plain = reference.gated_lora_backward(kind=kind, **{name: value.double() for name, value in tensors.items()})
+    for name, value in zip(NAMES, expected):
+        exact = plain[name]
+        assert (value.double() - exact).norm() <= 3e-3 * exact.norm(), name
+    again = gated_lora_backward(kind=kind, **tensors, dgate_out=tensors["gate"], dup_out=tensors["up"])
+    assert all(torch.equal(a, b) for a, b in zip(again, expected))
+
+
+def test_which_kernel_is_for_what(device):
+    from exactune.kernels.gated_lora_narrow import MAX_RANK, MIN_ROWS, takes
+
+    rows = torch.empty(MIN_ROWS, 32, dtype=torch.bfloat16, device=device)
+    hopper = device == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability()[0] == 9
+    assert takes(rows, MAX_RANK, "swiglu") == hopper
+    assert not takes(rows[1:], MAX_RANK, "swiglu") and not takes(rows.float(), MAX_RANK, "swiglu")
+    assert not takes(rows, MAX_RANK + 1, "swiglu") and not takes(rows, MAX_RANK, "geglu_erf") and not takes(rows[:, 1:], 8, "swiglu")
 
 
 @pytest.mark.gpu

@@ -13,11 +13,12 @@ values. Here each tile is read once: 3 reads and 2 writes. The rank-sized produc
 anyway; h is rounded to the working dtype before its dot, as where it is stored, and so are dgate and dup; sums are float32.
 
 A program owns BLOCK_F columns and one run of rows, and keeps its three [BLOCK_F, R] sums in registers. A second kernel adds the runs up
-in a fixed order: no atomics. `dgate` may overwrite `gate`, and `dup` overwrite `up`.
+in a fixed order: no atomics. `dgate` may overwrite `gate`, and `dup` overwrite `up`. `gated_lora_narrow` is another for the first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from exactune.kernels import gated_lora_narrow as narrow
 from exactune.kernels.gated import gated_backward, gated_tile
 from exactune.kernels.launch import Aot, next_power_of_2, on_device, row_stride, signature_of, tensor_cores
 from exactune.kernels.reference.gated import GateKind
@@ -154,13 +156,12 @@ def _sum_runs_kernel(
         tl.store(out_ptr + before * F + (f * rank + r), total, mask=mask)
 
 
-def _runs(N: int, F: int, tiles: Tiles) -> tuple[int, int]:
-    """(runs of rows, rows in each): from shapes alone, so that the sums have one order."""
-    columns = triton.cdiv(F, tiles.columns)
-    blocks = triton.cdiv(N, tiles.rows)
+def _runs(N: int, F: int, rows: int, columns: int, programs: int) -> tuple[int, int]:
+    """(runs of rows, rows in each) for tiles of `rows` and `columns`: from shapes alone, so that the sums have one order."""
+    blocks = triton.cdiv(N, rows)
     # A run shorter than 8 tiles would write as many partial sums as it reads values.
-    runs = max(1, min(round(PROGRAMS / columns), blocks // 8, 64))
-    each = triton.cdiv(blocks, runs) * tiles.rows
+    runs = max(1, min(round(programs / triton.cdiv(F, columns)), blocks // 8, 64))
+    each = triton.cdiv(blocks, runs) * rows
     return triton.cdiv(N, each), each
 
 
@@ -191,24 +192,44 @@ def gated_lora_backward(
     ranks = [0 if t is None else t.shape[1] for t in (p_down, x_gate, x_up)]
     if not tensor_cores(gate):
         return _apart(dh0, gate, up, kind, p_down, a_down, x_gate, x_up, dgate, dup)
-    tiles = tiles or tiles_for(max(ranks))
     if not N:
         return dgate, dup, *_split(torch.zeros(sum(ranks) * F, dtype=torch.float32, device=gate.device), ranks, F)
-    runs, rows_each = _runs(N, F, tiles)
-    partial = torch.empty(runs, sum(ranks) * F, dtype=torch.float32, device=gate.device)
     sums = torch.empty(sum(ranks) * F, dtype=torch.float32, device=gate.device)
     with on_device(gate):
-        _gated_lora_bwd_kernel[(triton.cdiv(F, tiles.columns), runs)](
-            dh0, gate, up, p_down, a_down, x_gate, x_up, dgate, dup, partial,
-            *(row_stride(t) for t in (dh0, gate, up, p_down, a_down, x_gate, x_up, dgate, dup)),
-            N, F, *ranks, rows_each,
-            KIND=kind, BLOCK_N=tiles.rows, BLOCK_F=tiles.columns, BLOCK_R=tiles.rank, num_warps=tiles.warps, num_stages=2,
-        )  # fmt: skip
+        if all(ranks) and a_down is None and tiles is None and narrow.takes(gate, max(ranks), kind):
+            partial = _by_one_warp(gate, (dh0, gate, up, p_down, x_gate, x_up, dgate, dup), kind, ranks)
+        else:
+            operands = (dh0, gate, up, p_down, a_down, x_gate, x_up, dgate, dup)
+            partial = _by_several(gate, operands, kind, ranks, tiles or tiles_for(max(ranks)))
         if max(ranks):
             _sum_runs_kernel[(triton.cdiv(F, 64), triton.cdiv(max(ranks), 16), 3)](
-                partial, sums, F, *ranks, RUNS=runs, BLOCK_F=64, BLOCK_R=16, num_warps=4
+                partial, sums, F, *ranks, RUNS=partial.shape[0], BLOCK_F=64, BLOCK_R=16, num_warps=4
             )
     return dgate, dup, *_split(sums, ranks, F)
+
+
+def _by_several(gate: Tensor, operands: Sequence[Tensor | None], kind: GateKind, ranks: list[int], tiles: Tiles) -> Tensor:
+    """The partial sums of each run of rows, by programs of several warps; fills dgate and dup, the last two operands."""
+    N, F = gate.shape
+    runs, rows_each = _runs(N, F, tiles.rows, tiles.columns, PROGRAMS)
+    partial = torch.empty(runs, sum(ranks) * F, dtype=torch.float32, device=gate.device)
+    _gated_lora_bwd_kernel[(triton.cdiv(F, tiles.columns), runs)](
+        *operands, partial, *(row_stride(t) for t in operands), N, F, *ranks, rows_each,
+        KIND=kind, BLOCK_N=tiles.rows, BLOCK_F=tiles.columns, BLOCK_R=tiles.rank, num_warps=tiles.warps, num_stages=2,
+    )  # fmt: skip
+    return partial
+
+
+def _by_one_warp(gate: Tensor, operands: Sequence[Tensor | None], kind: GateKind, ranks: list[int]) -> Tensor:
+    """The same without A_down, by `gated_lora_narrow`."""
+    N, F = gate.shape
+    runs, rows_each = _runs(N, F, narrow.ROWS, narrow.COLUMNS, narrow.PROGRAMS)
+    partial = torch.empty(runs, sum(ranks) * F, dtype=torch.float32, device=gate.device)
+    narrow.gated_lora_narrow_kernel[(triton.cdiv(F, narrow.COLUMNS), runs)](
+        *operands, partial, *(row_stride(t) for t in operands), N, F, rows_each, *ranks,
+        KIND=kind, ROWS=narrow.ROWS, COLUMNS=narrow.COLUMNS, BLOCK_R=narrow.MAX_RANK, STAGES=narrow.STAGES, num_warps=1,
+    )  # fmt: skip
+    return partial
 
 
 def _apart(
