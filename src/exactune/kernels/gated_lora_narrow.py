@@ -29,7 +29,7 @@ COLUMNS = 64
 STAGES = 3
 PROGRAMS = 2016  # aimed at: two waves of the eight programs that each of an H200's 132 multiprocessors holds
 MAX_RANK = 16  # beyond, the sums alone would fill a thread's registers
-MIN_ROWS = 2048  # measured with 8,192; an earlier form of this, half as slow again there, was the other kernel's equal here
+MIN_ROWS = 2048  # measured with 8,192; an earlier form of this, slower by half there, was the other kernel's equal here
 
 
 def takes(gate: Tensor, rank: int, kind: GateKind) -> bool:
