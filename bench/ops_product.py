@@ -22,7 +22,6 @@ from torch import Tensor
 
 from exactune.kernels.copy_rows import copy_rows
 from exactune.kernels.product import WIDE, Tiles, Turn, product
-from exactune.kernels.rms_norm import add_rms_norm_forward, rms_norm_forward
 from exactune.kernels.rotary import rotary_forward
 from exactune.lora.stacked import roomy_width
 
@@ -160,11 +159,8 @@ class Riding:
     o: Product
     down: Product
     attended: Tensor
-    x: Tensor  # the residual stream
-    s: Tensor
+    s: Tensor  # the residual stream
     y: Tensor
-    norm: Tensor
-    xn: Tensor
     heads: tuple[Tensor, Tensor]
     turn: Turn
 
@@ -175,9 +171,8 @@ class Riding:
         out = made["qkv"].out
         assert out is not None
         q, k = out[:, : s.q + s.k].unflatten(1, (-1, s.d)).unflatten(0, (-1, s.t)).split([s.q // s.d, s.k // s.d], 2)
-        x, stream, y, xn = (normal(s.n, s.e) for _ in range(4))
-        turn = Turn(cos, sin, s.q + s.k, s.d)
-        return cls(made["qkv"], made["o"], made["down"], normal(s.n, s.q), x, stream, y, normal(1, s.e)[0], xn, (q, k), turn)
+        attended, stream, y = (normal(s.n, width) for width in (s.q, s.e, s.e))
+        return cls(made["qkv"], made["o"], made["down"], attended, stream, y, (q, k), Turn(cos, sin, s.q + s.k, s.d))
 
     def turned_apart(self) -> Tensor:
         y = self.qkv.library()
@@ -192,18 +187,9 @@ class Riding:
         copy_rows(self.attended, self.o.x[:, : self.attended.shape[1]])
         return self.o.library()
 
-    def low_rank(self, tiles: Tiles, residual: Tensor | None = None) -> Tensor:
+    def low_rank(self, tiles: Tiles) -> Tensor:
         width = self.attended.shape[1]
-        return product(self.attended, self.o.w[:width], p=self.o.x[:, width:], b=self.o.w[width:], residual=residual, tiles=tiles)
-
-    def summed_apart(self) -> Tensor:
-        """s = x + o, and its norm."""
-        return add_rms_norm_forward(self.copied(), self.x, self.norm, 1e-5, out=self.xn)[0]
-
-    def summed(self, tiles: Tiles) -> Tensor:
-        s = self.low_rank(tiles, self.x)
-        rms_norm_forward(s, self.norm, 1e-5, out=self.xn)
-        return s
+        return product(self.attended, self.o.w[:width], p=self.o.x[:, width:], b=self.o.w[width:], tiles=tiles)
 
     def added_apart(self) -> Tensor:
         return torch.add(self.s, self.down.library(), out=self.y)
@@ -212,11 +198,11 @@ class Riding:
         return product(self.down.x, self.down.w, residual=self.s, out=self.y, tiles=tiles)
 
     def apart(self) -> Tensor:
-        self.turned_apart(), self.summed_apart()
+        self.turned_apart(), self.copied()
         return self.added_apart()
 
     def together(self, tiles: Tiles) -> Tensor:
-        self.turned(tiles), self.summed(tiles)
+        self.turned(tiles), self.low_rank(tiles)
         return self.added(tiles)
 
 
@@ -225,7 +211,6 @@ def time_riding(s: Shape, made: dict[str, Product], meter: Meter, seconds: float
     for name, apart, ours, flops in (
         ("qkv, rotation", riding.turned_apart, riding.turned, riding.qkv.flops),
         ("o without a copy", riding.copied, riding.low_rank, riding.o.flops),
-        ("o without a copy, sum, norm", riding.summed_apart, riding.summed, riding.o.flops),
         ("down, sum", riding.added_apart, riding.added, riding.down.flops),
         ("all of these", riding.apart, riding.together, 0),
     ):

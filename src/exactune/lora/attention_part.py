@@ -14,7 +14,7 @@ from torch import Tensor
 
 from exactune.kernels.attention import WITH_SINKS as BY_AUTOGRAD
 from exactune.kernels.attention_backends import Saved
-from exactune.lora import ops, output_gate
+from exactune.lora import ops, output_gate, products
 from exactune.lora.gradients import Grads, NormedInput
 from exactune.lora.group import Roomy
 from exactune.lora.kept import Kept
@@ -62,17 +62,19 @@ def project_tiles(attention: Attention, batch: Batch, normed: Callable[[slice], 
 
     q and k are rotated already, in place, unless they have norms: the backward of those needs the raw values.
     """
-    packed, ranks = None, []
+    packed, ranks, turned = None, [], False
     for rows in batch.tiles():
         xn = normed(rows)
         packed = packed or Roomy(batch.n, attention.width, attention.qkv.rank, like=xn.all)
         if attention.order is None:
-            attention.qkv.forward(xn, out=packed.tile(rows))
+            turned = products.turned(attention, batch, xn, packed.tile(rows).data)
+            if not turned:
+                attention.qkv.forward(xn, out=packed.tile(rows))
         else:
             attention.order.to_heads(attention.qkv.forward(xn), out=packed.tile(rows).data)
         ranks.append(xn.rank_part())
     assert packed is not None, "a batch without tokens"
-    if not attention.norms():
+    if not attention.norms() and not turned:
         q, k, _ = _heads(attention, batch, packed.buffer)
         turn(attention, batch, q, k, q_out=q, k_out=k)
     return packed.buffer, ranks[0] if len(ranks) == 1 else torch.cat(ranks)
@@ -131,6 +133,9 @@ def gated(attention: Attention, kept: Kept, rows: slice | None = None) -> Tensor
 
 def output(attention: Attention, flat: Tensor) -> tuple[Tensor, Tensor]:
     """(a [N, E], P [N, R]) of what `gated` gives [N, HD]."""
+    found = products.without_room(attention.out, flat)
+    if found is not None:
+        return found
     room = Roomy(flat.shape[0], attention.q_width, attention.out.rank, like=flat)
     attention.out.read(flat, room)
     return attention.out.forward(room), room.rank_part()

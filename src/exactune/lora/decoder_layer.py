@@ -52,10 +52,11 @@ def _tile_forward(layer: Layer, kept: Kept, policy: Policy, rows: slice, y: Tens
     """The rows of y from attention's output on."""
     tile = kept.tile(rows)
     sn = _between(layer, tile, attention_part.gated(layer.attention, kept, rows))
-    m, tile.gate_up, tile.p_gate_up, tile.p_down = mlp_part.forward(layer.mlp, sn)
+    add = (tile.s, y[rows]) if layer.post_mlp_norm is None else None
+    m, tile.gate_up, tile.p_gate_up, tile.p_down = mlp_part.forward(layer.mlp, sn, add)
     if layer.post_mlp_norm is not None:
         tile.m, (m, tile.rstd_m) = m, ops.rms_norm_forward(m, layer.post_mlp_norm)
-    torch.add(tile.s, m, out=y[rows])
+        torch.add(tile.s, m, out=y[rows])
     kept.take(rows, tile, [name for name in AFTER_ATTENTION if name not in policy.dropped])
 
 

@@ -187,6 +187,12 @@ class Group:
 
     def forward(self, x: Roomy, out: Roomy | None = None) -> Tensor:
         """y [N, O] of x [N, I], in `out` if given; fills the room of `x` with P where `read` has not."""
+        weight, bias = self.ranked(x), self._bias(x.all.dtype)
+        into = None if out is None else out.data
+        return torch.mm(x.all, weight, out=into) if bias is None else torch.addmm(bias, x.all, weight, out=into)
+
+    def ranked(self, x: Roomy) -> Tensor:
+        """[W | s·B]ᵀ [I+R, O], what all of x [N, I+R] is multiplied with, once P is in its room."""
         matrix = self.filled()
         if self.dropout:
             x.room.zero_()  # the padding of the ranks, too
@@ -194,9 +200,7 @@ class Group:
                 torch.mm(own(x.data), matrix[self.outputs :, : self.inputs][ranks].t(), out=x.room[:, ranks])
         elif self.rank and x.alone is None:
             torch.mm(x.data, matrix[self.outputs :, : self.inputs].t(), out=x.room)
-        weight, bias = matrix[: self.outputs, : self.inputs + self.rank].t(), self._bias(matrix.dtype)
-        into = None if out is None else out.data
-        return torch.mm(x.all, weight, out=into) if bias is None else torch.addmm(bias, x.all, weight, out=into)
+        return matrix[: self.outputs, : self.inputs + self.rank].t()
 
     def backward_rank(self, dy: Roomy) -> None:
         """Fill the room of dy [N, O] with P'."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from exactune.lora import ops
+from exactune.lora import ops, products
 from exactune.lora.gradients import Grads, NormedInput
 from exactune.lora.group import Roomy
 from exactune.lora.parts import Mlp
@@ -32,11 +32,11 @@ def project(mlp: Mlp, sn: Roomy) -> tuple[Tensor, Tensor]:
     return gate_up.buffer, sn.rank_part()
 
 
-def forward(mlp: Mlp, sn: Roomy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(m [N, E], gate_up [N, 2F], P of gate and up, P of down)."""
+def forward(mlp: Mlp, sn: Roomy, add: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(m [N, E], gate_up [N, 2F], P of gate and up, P of down); with `add` = (residual, out), m is their sum, in `out`."""
     gate_up, p_gate_up = project(mlp, sn)
     h = _activate(mlp, gate_up)
-    m = mlp.down.forward(h)
+    m = mlp.down.forward(h) if add is None else products.added(mlp.down, h, *add)
     return m, gate_up, p_gate_up, h.rank_part()
 
 
