@@ -111,7 +111,7 @@ REAL = [(8192, 4096, 4096), (4100, 2056, 6152)]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rank, summed, turned", [(0, False, False), (0, True, True), (8, False, True), (16, True, False), (64, True, True)])
+@pytest.mark.parametrize("rank, summed, turned", [(0, False, False), (0, True, True), (8, False, True), (64, True, True)])
 @pytest.mark.parametrize("N, K, O", REAL)
 def test_real_shapes(device, dtype, N, K, O, rank, summed, turned):
     if dtype is torch.float32:
