@@ -113,9 +113,8 @@ REAL = [(8192, 4096, 4096), (4100, 2056, 6152)]
 @pytest.mark.gpu
 @pytest.mark.parametrize("rank, summed, turned", [(0, False, False), (0, True, True), (8, False, True), (64, True, True)])
 @pytest.mark.parametrize("N, K, O", REAL)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_real_shapes(device, dtype, N, K, O, rank, summed, turned):
-    if dtype is torch.float32:
-        pytest.skip("16-bit products alone")
     check(inputs_of(N, K, O, turned, rank, summed), turned, dtype=dtype, device=device, tiles=WIDE)
 
 
