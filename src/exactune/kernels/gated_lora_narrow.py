@@ -20,8 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from exactune.kernels.gated import gated_tile
-from exactune.kernels.launch import Aot, signature_of
-from exactune.kernels.rank_products import on_hopper
+from exactune.kernels.launch import Aot, on_hopper, signature_of
 from exactune.kernels.reference.gated import GateKind
 
 ROWS = 16  # of a tile, four of each lane

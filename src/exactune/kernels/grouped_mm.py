@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from exactune.kernels.flash_attention_tiles import shared_kib
-from exactune.kernels.launch import Aot, next_power_of_2, on_device, row_stride, signature_of, stages_for, tensor_cores
+from exactune.kernels.launch import Aot, next_power_of_2, on_device, on_hopper, row_stride, signature_of, stages_for, tensor_cores
 from exactune.kernels.reference import grouped as reference
 
 MOST_RANKS = 64  # a result this narrow is a product with an adapter's factor
@@ -203,7 +203,7 @@ def library_product(x: Tensor, w: Tensor) -> bool:
     if not (x.is_cuda and x.dtype is torch.bfloat16 and hasattr(torch.nn.functional, "grouped_mm")):
         return False
     aligned = all(n % 8 == 0 for n in w.shape[1:]) and x.data_ptr() % 16 == 0 and w.data_ptr() % 16 == 0
-    return aligned and w.shape[2] > MOST_RANKS and torch.cuda.get_device_capability(x.device)[0] == 9
+    return aligned and w.shape[2] > MOST_RANKS and on_hopper(x)
 
 
 def grouped_mm(

@@ -86,6 +86,11 @@ def tensor_cores(tensor: Tensor) -> bool:
     return torch.cuda.get_device_capability(tensor.device)[0] >= 8
 
 
+def on_hopper(tensor: Tensor) -> bool:
+    """True on compute capability 9: what is launched there alone has been measured on an H200, and on no other generation."""
+    return tensor.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(tensor.device)[0] == 9
+
+
 def stages_for(stages: int) -> int:
     """Software-pipeline depth: as asked on NVIDIA, where blocks are sized for it; two on AMD, which has 64 KiB of shared memory."""
     return stages if torch.version.hip is None else min(stages, 2)

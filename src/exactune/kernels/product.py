@@ -16,7 +16,6 @@ is rounded once; what is turned is rounded before and after, as by two passes.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from exactune.kernels.launch import Aot, multiprocessors, next_power_of_2, on_device, signature_of
+from exactune.kernels.launch import Aot, multiprocessors, next_power_of_2, on_device, on_hopper, signature_of
 
 MOST_RANKS = 64
 FEWEST_ROWS = 4096
@@ -112,11 +111,6 @@ class Turn:
         return tiles.n // 2 % self.head == 0 and self.columns % (tiles.n // 2) == 0
 
 
-@functools.cache
-def _on_hopper(index: int) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(index)[0] == 9
-
-
 def _fetchable(tensor: Tensor) -> bool:
     """True for a matrix, in either order, that the copy engine reads: rows a multiple of 16 bytes apart, the first at one."""
     near, apart = sorted(tensor.stride())
@@ -128,7 +122,7 @@ def takes(x: Tensor, outputs: int, *others: Tensor) -> bool:
 
     Below, cuBLAS is the faster, and the host is: it is busy for 50 us with a launch where cuBLAS takes 12. Other GPUs were not measured.
     """
-    if x.shape[0] < FEWEST_ROWS or x.numel() * outputs < LEAST_WORK or not x.is_cuda or not _on_hopper(x.device.index):
+    if x.shape[0] < FEWEST_ROWS or x.numel() * outputs < LEAST_WORK or not on_hopper(x):
         return False
     alike = x.dtype in (torch.bfloat16, torch.float16) and all(t.dtype is x.dtype for t in others)
     return alike and all(_fetchable(t) for t in (x, *others))

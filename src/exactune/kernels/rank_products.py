@@ -22,18 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from exactune.kernels.launch import Aot, next_power_of_2, on_device, signature_of, stages_for
+from exactune.kernels.launch import Aot, next_power_of_2, on_device, on_hopper, signature_of, stages_for
 
 MOST = 8  # products a launch
 BLOCK_N = 64
 MAX_BLOCK_R = 64
 MANY_RANKS = 96  # of a group, for many rows: at rank 64, which makes 192, cuBLAS takes 237 us and this 299
 STAGES = 3
-
-
-def on_hopper(tensor: Tensor) -> bool:
-    """Whether the tensor cores of the tensor's GPU read both operands from shared memory: the blocks are others then."""
-    return tensor.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(tensor.device)[0] == 9
 
 
 def pays_for_many_rows(x: Tensor, groups: Sequence[Sequence[int]]) -> bool:
