@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from exactune.errors import ConfigError, ExactuneError, OutputError
 from exactune.train import RunFolder, TrainConfig, train
+from exactune.train.objectives import supervised
 
 
 def quiet_console():
@@ -223,3 +224,18 @@ def test_the_metrics_are_json(short):
     result = run(short, max_steps=2)
     for line in (result.run_dir / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(name))
+
+
+class TwoGpus(supervised.SFTConfig):
+    """The arguments on a machine with two GPUs."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        assert self.device is not None  # which counts them
+        self._n_gpu = 2
+
+
+def test_a_machine_with_two_gpus_trains_on_one(short, monkeypatch):
+    """TRL refuses what transformers makes of two: `nn.DataParallel`."""
+    monkeypatch.setattr(supervised, "SFTConfig", TwoGpus)
+    assert run(short).adapter_dir.is_dir()

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from exactune.memory.in_backward import StepInBackward
@@ -16,6 +16,15 @@ from exactune.train.memory import RunMemory
 from exactune.train.optimizer_groups import LearningRates, in_backward, split_groups
 from exactune.train.run_folder import RunFolder
 from exactune.train.writing import replace_folder, staging_folder
+
+
+def _on_one_gpu(arguments: TrainingArguments) -> None:
+    """Train on the first of several GPUs: transformers would give each batch to all of them by `nn.DataParallel`, which TRL refuses.
+
+    There is no public way to say so; transformers' trainer does the same for a model that is split across devices.
+    """
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
 
 
 class InRunFolder(Trainer):
@@ -44,6 +53,7 @@ class InRunFolder(Trainer):
         self._every = every
         self._learning_rates = learning_rates
         self._checkpoints = run.checkpoints
+        _on_one_gpu(arguments["args"])
         with _adapters_as_they_are(arguments["model"]):
             super().__init__(**arguments)
 
