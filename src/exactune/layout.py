@@ -4,6 +4,7 @@ from __future__ import annotations
 
 RANK_MULTIPLE = 8  # 16 bytes of a 16-bit type, on which every slice of a buffer has to start
 CHUNK_BYTES = 1 << 29  # logits in flight: 2,048 rows of 128,256 in 16 bits, where cuBLAS is already at full speed
+FEW_ROWS = 2048  # up to here a layer's adapter gradients take less time than the launches around them: they wait for each other
 ROW_STEP = 128  # a GEMM tile's height: chunks of rows are whole tiles
 
 

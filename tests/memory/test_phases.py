@@ -6,7 +6,7 @@ from memory_layers import batch_of, fused_layers, run
 from memory_peak import Peak, kernels_that_only_allocate
 from memory_segment import Segment
 
-from exactune.lora import decoder_layer, gradients, ops
+from exactune.lora import decoder_layer, ops
 from exactune.memory import phases
 from exactune.memory.job import Job
 from exactune.memory.offload import HostStore
@@ -57,10 +57,6 @@ def measured(monkeypatch, model, layers, policies_of_layers, tiling, ahead):
             forward, peak.most = peak.most, 0
             loss.backward()
     return {"forward": forward, "backward": peak.most}
-
-
-def test_few_rows_are_as_many_here_as_in_the_layer():
-    assert phases.FEW_ROWS == gradients.FEW_ROWS
 
 
 @pytest.mark.parametrize(("tiling", "ahead", "few", "together"), WAYS.values(), ids=WAYS)

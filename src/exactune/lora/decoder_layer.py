@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exactune.layout import FEW_ROWS
 from exactune.lora import attention_part, mlp_part, ops
-from exactune.lora.gradients import FEW_ROWS, MANY_ROWS, Grads, NormedInput
+from exactune.lora.gradients import MANY_ROWS, Grads, NormedInput
 from exactune.lora.group import Roomy, filled_once
 from exactune.lora.kept import AFTER_ATTENTION, DROPPED, TENSORS, Kept
 from exactune.lora.parts import Batch, Layer, Norm

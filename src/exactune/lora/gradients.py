@@ -1,4 +1,4 @@
-"""The gradients that one backward pass collects, and the skinny products among them that a small batch makes together."""
+"""The gradients that one backward pass collects, and the skinny products among them that are made together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from exactune.lora.parts import Norm
 
 SMALL = 1 << 20  # bytes below which torch's allocator on a GPU has memory of its own
-FEW_ROWS = 2048  # up to here a product takes less time than the launches around it; what waits for its turn is small
 MANY_ROWS = 16384  # up to here one launch reads what products of few ranks read faster than a GEMM each; what waits holds no memory
 
 

@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from exactune.layout import CHUNK_BYTES, chunk_rows, roomy_width
+from exactune.layout import CHUNK_BYTES, FEW_ROWS, chunk_rows, roomy_width
 from exactune.memory.activations import kept_tensors, on_device, travelling
 from exactune.memory.job import Job
 from exactune.memory.policy import WHOLE, Policy, Tiling
 from exactune.memory.shape import BY_AUTOGRAD, Shape
 
-FEW_ROWS = 2048  # up to so many the products that give a layer's adapter gradients wait for each other: `exactune.lora.gradients`
 LAUNCH_BOUND = 2e12  # operations a layer and step below which a pass is worth recording: the rule of `exactune.models.replay`
 # cuBLAS's workspaces, one for the thread of the forward and one for autograd's, and what is too small to be counted: as measured on an
 # H200, at the 8B shape and at a hundredth of it.
