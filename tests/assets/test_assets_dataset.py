@@ -64,6 +64,7 @@ def test_base_model_has_not_read_held_out_functions():
 
 
 @pytest.mark.skipif(sys.version_info[:3] != MADE_WITH, reason="made from CPython 3.11.7; another version's functions differ")
+@pytest.mark.slow
 def test_script_gives_the_same_bytes(tmp_path, monkeypatch):
     import build_dataset
 

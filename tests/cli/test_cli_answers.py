@@ -111,6 +111,7 @@ def test_merge_writes_a_folder_that_plain_transformers_loads(run_folder):
     assert (wanted - got).norm() < 0.02 * wanted.norm()  # the merged weights are rounded to bfloat16
 
 
+@pytest.mark.slow
 def test_chat_on_the_bundled_model_in_a_process_of_its_own():
     """Piped in and out, nothing but the answers reaches stdout, and it ends by itself."""
     command = [sys.executable, "-m", "exactune", "chat", str(assets.base_model()), "--max-new-tokens", "8"]
